@@ -1,0 +1,170 @@
+"""Equal rows: congruence classes of n vectors up to a scale or a sign, in near-linear time.
+
+Every row is projected on one pseudo-random direction (after scaling to length 1 where the scale is free), the
+projections are sorted, and only rows whose projections meet within their errors are compared in full. All
+comparisons of one round are one vectorized operation; a round settles at least one class per group of
+neighbours, and groups of more than one class are rare, so that two or three rounds do.
+
+A projection only proposes; the exact comparison decides: row i is c times its leader when
+
+    || r_i - c r_leader ||  <=  8 (error_i + |c| error_leader)  +  tolerance * || r_i ||.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ep_prune.channels import ONE, Rows, directions
+
+MARGIN = 8.0
+"""How many estimated errors two rows may lie apart (design: 8 eps of the storage type)."""
+
+
+class Freedom(Enum):
+    """Up to what rows count as equal."""
+
+    NONE = "equal"
+    SIGN = "equal up to sign"
+    POSITIVE = "equal up to a positive scale"
+    SCALE = "equal up to any scale but 0"
+
+
+class Vectors(Protocol):
+    """n vectors, dense or sparse."""
+
+    error: Tensor
+
+    def norm(self) -> Tensor: ...
+    def project(self) -> Tensor: ...
+    def inner(self, i: Tensor, j: Tensor) -> Tensor: ...
+    def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Rows of a matrix (n, columns); `keys` (columns,) name the columns across matrices."""
+
+    values: Tensor
+    keys: Tensor
+    error: Tensor
+
+    def norm(self) -> Tensor:
+        return self.values.norm(dim=1)
+
+    def project(self) -> Tensor:
+        return self.values @ directions(self.keys).squeeze(-1)
+
+    def inner(self, i: Tensor, j: Tensor) -> Tensor:
+        return (self.values[i] * self.values[j]).sum(1)
+
+    def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor:
+        return (self.values[i] - scale.unsqueeze(1) * self.values[j]).norm(dim=1)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Rows of affine combinations; `offset`: whether the constant is part of the vector."""
+
+    rows: Rows
+    offset: bool
+
+    @property
+    def error(self) -> Tensor:
+        return self.rows.error
+
+    def norm(self) -> Tensor:
+        return self.rows.norm() if self.offset else self.rows.linear_norm()
+
+    def project(self) -> Tensor:
+        linear = (self.rows.coef * directions(self.rows.atoms).squeeze(-1)).sum(1)
+        constant = directions(torch.tensor([ONE])).squeeze()
+        return linear + constant * self.rows.offset if self.offset else linear
+
+    def inner(self, i: Tensor, j: Tensor) -> Tensor:
+        same = self.rows.atoms[i] == self.rows.atoms[j]
+        linear = (self.rows.coef[i] * self.rows.coef[j] * same).sum(1)
+        return linear + self.rows.offset[i] * self.rows.offset[j] if self.offset else linear
+
+    def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor:
+        a, b = self.rows[i], self.rows[j]
+        same = (a.atoms == b.atoms).all(dim=1)
+        square = (a.coef - scale.unsqueeze(1) * b.coef).square().sum(1)
+        if self.offset:
+            square = square + (a.offset - scale * b.offset).square()
+        return torch.where(same, square.sqrt(), torch.inf)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Row i is `scale[i]` times row `leader[i]` (the earliest of its class); `residual` is how far it is off."""
+
+    leader: Tensor
+    scale: Tensor
+    residual: Tensor
+
+
+def congruence(
+    vectors: Vectors, freedom: Freedom, tolerance: float = 0.0, apart: Tensor | None = None
+) -> Classes:
+    """Classes of equal rows. `apart` (n,): rows with different labels are never equal. Zero rows must have been
+    taken out, where the scale is free."""
+    norm = vectors.norm()
+    n = len(norm)
+    unit = norm if freedom in (Freedom.POSITIVE, Freedom.SCALE) else torch.ones_like(norm)
+    key = vectors.project() / unit
+    slack = MARGIN * vectors.error / unit + (tolerance + 1e-14) * norm / unit
+    if freedom in (Freedom.SIGN, Freedom.SCALE):
+        key = key.abs()
+    group = _groups(key, 4 * slack, apart)
+
+    leader = torch.arange(n)
+    scale = torch.ones(n, dtype=torch.float64)
+    residual = torch.zeros(n, dtype=torch.float64)
+    todo = torch.arange(n)
+    while len(todo):
+        first = torch.full((int(group.max()) + 1,), n, dtype=torch.int64)
+        first.scatter_reduce_(0, group[todo], todo, "amin")
+        head = first[group[todo]]
+        factor = _factor(vectors, todo, head, freedom)
+        off = vectors.distance(todo, head, factor)
+        allowed = MARGIN * (vectors.error[todo] + factor.abs() * vectors.error[head]) + tolerance * norm[todo]
+        # A ratio that is 1 within its own error is 1: a split copy, not a scaled one.
+        snapped = factor.round().clamp(-1, 1)
+        plain = (factor.abs() - 1).abs() * norm[head] <= MARGIN * (vectors.error[todo] + vectors.error[head])
+        factor = torch.where(plain & (snapped != 0), snapped, factor)
+        member = (off <= allowed) | (todo == head)
+        leader[todo[member]] = head[member]
+        scale[todo[member]] = torch.where(todo == head, 1.0, factor)[member]
+        residual[todo[member]] = torch.where(todo == head, 0.0, off)[member]
+        todo = todo[~member]
+    return Classes(leader, scale, residual)
+
+
+def _groups(key: Tensor, slack: Tensor, apart: Tensor | None) -> Tensor:
+    """Number the runs of neighbouring keys that meet within their slack."""
+    order = key.argsort()
+    if apart is not None:
+        order = order[apart[order].argsort(stable=True)]
+    ranked, reach = key[order], slack[order]
+    gap = (ranked[1:] - ranked[:-1]).abs() > reach[1:] + reach[:-1]
+    if apart is not None:
+        gap |= apart[order][1:] != apart[order][:-1]
+    group = torch.empty_like(order)
+    group[order] = torch.cat([torch.zeros(1, dtype=torch.int64), gap.long().cumsum(0)])[: len(order)]
+    return group
+
+
+def _factor(vectors: Vectors, i: Tensor, j: Tensor, freedom: Freedom) -> Tensor:
+    if freedom is Freedom.NONE:
+        return torch.ones(len(i), dtype=torch.float64)
+    inner = vectors.inner(i, j)
+    if freedom is Freedom.SIGN:
+        return torch.where(inner < 0, -1.0, 1.0).double()
+    square = vectors.inner(j, j).clamp_min(1e-300)
+    factor = inner / square
+    return factor.clamp_min(0.0) if freedom is Freedom.POSITIVE else factor

@@ -1,0 +1,268 @@
+"""The language of operations: what a traced model does, reduced to ten algebraic kinds.
+
+`trace` turns a model into a `Graph` of `Node`s (one ATen call each, sizes concrete at the example).
+`rules` then reads every node as one *kind* of operation, and everything after that (numbering,
+liveness, widening) knows the kinds alone, never an operator's name:
+
+    Contract   y_o = sum_i W_oi * x_i + b_o     linear, convolution, transposed convolution
+    Lookup     y = W[index]                     embedding table
+    Normalize  y_i = g_i x_i + s_i              batch norm at inference
+    Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
+    Sum, Product                                of two tensors, or of a tensor and a number
+    Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
+    Extreme    max pool: commutes with positive scale and with offsets
+    Pad        zeros or a constant around space or channels
+    Move       data movement; acts on channel labels exactly as on data
+    Split      Move into several tensors, whose sizes stand in the user's code
+    Barrier    anything else: inputs stay as they are, outputs are unknown
+
+A kind never guesses: whatever a rule is not sure about is a `Barrier` with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operation of the trace. A tensor operand in `args` is the `Node` that makes it."""
+
+    name: str
+    op: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    layer: str = ""
+    source: str = ""
+    target: Callable[..., Any] | None = None
+    tensor: str | None = None
+    """Full name of the parameter, buffer or constant that this node reads, if it reads one."""
+
+    def operands(self) -> Iterator[Node]:
+        yield from _nodes((self.args, self.kwargs))
+
+    @property
+    def where(self) -> str:
+        """The place a user would look for: layer, operator and source line."""
+        return f"{self.layer or '(top level)'} ({self.op}{', ' + self.source if self.source else ''})"
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+def _nodes(value: Any) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _nodes(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _nodes(item)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes in execution order, the tensors that they read, and which names share a tensor.
+
+    `tensors` maps the first name of every parameter, buffer and constant to its tensor;
+    `aliases` maps it to all its names. `bias_free` are the paths of modules that could be given a
+    bias; `untraced` the parameters that the trace never reads.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    tensors: Mapping[str, Tensor]
+    aliases: Mapping[str, tuple[str, ...]]
+    bias_free: frozenset[str]
+    untraced: tuple[str, ...]
+
+    def users(self) -> dict[Node, list[Node]]:
+        """The nodes that read each node."""
+        readers: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for operand in node.operands():
+                readers[operand].append(node)
+        return readers
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """What a function of one variable lets through.
+
+    degree: f(s x) = s^degree f(x) for s > 0, or 0 for none.
+    even: f(-x) = f(x). center (c, d): f(c + x) - d is odd in x.
+    """
+
+    degree: int = 0
+    even: bool = False
+    center: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Base of the kinds."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight's axes stand for outputs, inputs and taps; the canonical form is (G, O/G, C/G, taps).
+
+    `interior` marks the taps that never fall on zero padding, whatever the input's size: what a constant
+    input sends through these is a constant. `axis` is the input's and output's channel axis.
+    """
+
+    groups: int = 1
+    inputs_first: bool = False
+    axis: int = 1
+    interior: tuple[bool, ...] = (True,)
+    signature: str = "linear"
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """(O, C/G, *kernel), or (C, O/G, *kernel) where inputs come first -> (G, O/G, C/G, taps)."""
+        grouped = weight.reshape(self.groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
+        return grouped.transpose(1, 2) if self.inputs_first else grouped
+
+    def original(self, canonical: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """The inverse of `canonical`, for any widths and number of groups."""
+        grouped = canonical.transpose(1, 2) if self.inputs_first else canonical
+        return grouped.reshape(grouped.shape[0] * grouped.shape[1], grouped.shape[2], *kernel)
+
+
+@dataclass(frozen=True)
+class Contract(Operation):
+    x: Node
+    weight: Node
+    bias: Node | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Lookup(Operation):
+    table: Node
+    index: Node
+
+
+@dataclass(frozen=True)
+class Normalize(Operation):
+    x: Node
+    weight: Node | None
+    bias: Node | None
+    mean: Node
+    variance: Node
+    eps: float
+
+
+@dataclass(frozen=True)
+class Pointwise(Operation):
+    x: Node
+    signature: str
+    function: Callable[[Tensor], Tensor]
+    symmetry: Symmetry = Symmetry()
+
+
+@dataclass(frozen=True)
+class Slope(Operation):
+    """PReLU: max(x, 0) + a_i min(x, 0), one slope for all channels or one each."""
+
+    x: Node
+    slope: Node
+
+
+@dataclass(frozen=True)
+class Sum(Operation):
+    x: Node | float
+    y: Node | float
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class Product(Operation):
+    """x * y, or x / y with a known y where `divide`."""
+
+    x: Node | float
+    y: Node | float
+    divide: bool = False
+
+
+@dataclass(frozen=True)
+class Stencil(Operation):
+    """`keeps_constants`: a constant input comes out as the same constant, at every position."""
+
+    x: Node
+    signature: str
+    space: tuple[int, ...]
+    keeps_constants: bool
+
+
+@dataclass(frozen=True)
+class Extreme(Operation):
+    x: Node
+    signature: str
+    space: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pad(Operation):
+    x: Node
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    value: float
+
+
+@dataclass(frozen=True)
+class Move(Operation):
+    """`act` does to integer labels what the node does to data; `regroup` forces the channel axes of the
+    result (pixel shuffle: the channels that remain, not the positions)."""
+
+    inputs: tuple[Node, ...]
+    act: Callable[..., Tensor]
+    regroup: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Cat(Operation):
+    """Joined along `axis`, a new one where `stack`."""
+
+    inputs: tuple[Node, ...]
+    axis: int
+    stack: bool = False
+
+
+@dataclass(frozen=True)
+class Split(Operation):
+    """Cut along `axis` into `sections`: all of them (a tuple), or the one at `take`, without its axis if `squeeze`."""
+
+    x: Node
+    axis: int
+    sections: tuple[int, ...]
+    take: int | None = None
+    squeeze: bool = False
+
+
+@dataclass(frozen=True)
+class Pass(Operation):
+    """The same values: dropout at inference, casts, clones."""
+
+    x: Node
+
+
+@dataclass(frozen=True)
+class Item(Operation):
+    """Element `index` of an operation that returns several tensors."""
+
+    x: Node
+    index: int
+
+
+@dataclass(frozen=True)
+class Barrier(Operation):
+    reason: str

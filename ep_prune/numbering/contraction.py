@@ -1,0 +1,208 @@
+"""Where weights consume channels: the rows of a weight, rewritten in the atoms of its input.
+
+    y_o(p) = sum_i sum_tap W[o, i, tap] x_i(p + tap) + b_o        x_i = m_i a_g(i) + c_i
+           = sum_g sum_tap N[o, g, tap] a_g(p + tap) + sum_tap P[o, tap] 1(p + tap is inside) + b_o
+
+N, the *net* weights, add up what the members of a class of equal directions send: copies whose weights cancel
+are gone from it. P is what the constants send; where it is zero on all taps that can fall on zero padding it
+is a constant, else a pattern that belongs to the row. Rows (N, pattern) that are zero are constants, rows that
+are collinear are one new atom.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ep_prune.channels import ONE, Channels, Rows, along, mix, number
+from ep_prune.find import MARGIN, Dense, Freedom, Sparse
+from ep_prune.graph import Contract, Lookup, Node
+from ep_prune.numbering.align import on_axis
+from ep_prune.numbering.elementwise import _position_shape, transfer
+from ep_prune.numbering.state import Known, Numbering, Port, Refused, Value
+from ep_prune.slots import Groups
+
+
+@transfer.register(Contract)
+def _contract(op: Contract, node: Node, n: Numbering) -> Value:
+    layout = op.layout
+    x = on_axis(n, op.x, layout.axis if layout.axis > 1 or layout.groups > 1 else layout.axis)
+    canonical = layout.canonical(n.tensor(op.weight))
+    groups, outputs, inputs, taps = canonical.shape
+    if groups * inputs != len(x.rows):
+        raise Refused("inputs that do not match the weight")
+    weight = canonical.transpose(1, 2).reshape(groups * inputs, outputs, taps)
+    classes, constant = n.classes_of(x, inputs)
+    eps = n.eps(op.weight)
+    net, noise = _net(weight, classes.leader, classes.scale, constant, x.rows, eps)
+    pattern, fuzz = _constants(weight, x.rows, groups, eps)
+
+    slots_in, slots_out = _slots(op, n, x, groups, inputs, outputs)
+    interior = torch.tensor(layout.interior)
+    varies = (pattern[:, :, ~interior] != 0).any(2).reshape(-1)
+    offset = torch.where(varies, 0.0, pattern.sum(2).reshape(-1))
+    error = fuzz.sum(2).sqrt().reshape(-1)
+    if op.bias is not None:
+        bias = n.tensor(op.bias)
+        n.slots.unify(n.slots.of(str(op.bias.tensor), 0, len(bias)), slots_out)
+        offset = offset + bias
+        error = (error.square() + (n.eps(op.bias) * bias).square()).sqrt()
+    pattern_rows = torch.where(varies.reshape(groups, outputs, 1), pattern, 0.0)
+
+    signature = f"{layout.signature} at {_position_shape(x)}"
+    leaders = (classes.leader == torch.arange(len(x.rows))) & ~constant
+    if groups == 1:
+        vectors: Dense | Sparse = _dense(net, noise, leaders, x.rows, pattern_rows[0], fuzz[0], eps)
+    else:
+        vectors = _sparse(net, noise, leaders, x.rows, pattern_rows, fuzz, groups)
+    rows = _new_rows(n, signature, vectors, offset, error)
+    out = n.record(
+        Channels(
+            node.shape or (),
+            along(layout.axis, len(node.shape or ()), torch.arange(groups * outputs)),
+            rows,
+            slots_out,
+        )
+    )
+    n.ports.append(Port(node, op, x, out, classes, constant, net, weight, pattern))
+    return out
+
+
+def _net(
+    weight: Tensor, leader: Tensor, scale: Tensor, constant: Tensor, rows: Rows, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(n, O/G, taps): weights summed over classes at their leaders, and the squared error of each sum.
+
+    What a class of several members sends is zero where it is not above the rounding of its terms.
+    """
+    factor = torch.where(constant, 0.0, scale)
+    if bool((leader == torch.arange(len(leader))).all()) and bool((factor == 1).all()):
+        return weight, (eps * weight).square()
+    terms = weight * factor.reshape(-1, 1, 1)
+    net = torch.zeros_like(weight).index_add_(0, leader, terms)
+    norm = rows.linear_norm()[leader].clamp_min(1e-300)
+    wrong = (rows.error + scale.abs() * rows.error[leader]) / norm
+    wrong = torch.where(leader == torch.arange(len(leader)), 0.0, wrong)
+    each = (eps * terms).square() + (weight * wrong.reshape(-1, 1, 1)).square()
+    noise = torch.zeros_like(weight).index_add_(0, leader, each)
+    members = torch.zeros(len(leader)).index_add_(0, leader, (~constant).float())
+    cancelled = (members > 1).reshape(-1, 1, 1) & (net.abs() <= MARGIN * noise.sqrt())
+    return torch.where(cancelled, 0.0, net), noise
+
+
+def _constants(weight: Tensor, rows: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(G, O/G, taps): what the constants of all inputs send through each tap, and its squared error."""
+    n, outputs, taps = weight.shape
+    terms = (weight * rows.offset.reshape(-1, 1, 1)).reshape(groups, -1, outputs, taps)
+    fuzz = (eps * terms).square().sum(1)
+    some = rows.offset != 0
+    wrong = torch.where(some, rows.error, 0.0).reshape(-1, 1, 1)
+    fuzz = fuzz + (weight * wrong).square().reshape(groups, -1, outputs, taps).sum(1)
+    total = terms.sum(1)
+    return torch.where(total.abs() <= MARGIN * fuzz.sqrt(), 0.0, total), fuzz
+
+
+def _slots(
+    op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, outputs: int
+) -> tuple[Tensor, Tensor]:
+    name = str(op.weight.tensor)
+    shape = op.weight.shape or ()
+    out_axis = 1 if op.layout.inputs_first else 0
+    if groups == 1:
+        slots_in = n.slots.of(name, 1 - out_axis, inputs)
+        n.slots.unify(slots_in, x.slots)
+        return slots_in, n.slots.of(name, out_axis, shape[out_axis])
+    slots_out = n.slots.of(name, -1, groups * outputs)
+    n.slots.constraints.append(Groups(x.slots.reshape(groups, inputs), slots_out.reshape(groups, outputs)))
+    return x.slots, slots_out
+
+
+def _dense(
+    net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Tensor, fuzz: Tensor, eps: float
+) -> Dense:
+    """(O, atoms * taps) matrix of an ungrouped weight over the atoms of its input."""
+    keep = leaders.nonzero().squeeze(1)
+    net, noise, rows = net[keep], noise[keep], rows[keep]
+    outputs, taps = net.shape[1:]
+    atoms, column = torch.unique(rows.atoms[rows.coef != 0], return_inverse=True)
+    place = torch.zeros_like(rows.atoms)
+    place[rows.coef != 0] = column
+    if rows.atoms.shape[1] == 1 and len(atoms) == len(keep):
+        values = torch.empty(len(atoms), outputs, taps, dtype=torch.float64)
+        values[place[:, 0]] = net * rows.coef[:, :1, None]
+    else:
+        values = torch.zeros(len(atoms), outputs, taps, dtype=torch.float64)
+        for entry in range(rows.atoms.shape[1]):  # over branches of a stream, not over channels
+            values.index_add_(0, place[:, entry], net * rows.coef[:, entry, None, None])
+    square = (noise * rows.coef.square().sum(1)[:, None, None]).sum((0, 2))
+    keys = mix(atoms.unsqueeze(1), torch.arange(taps)).reshape(-1)
+    matrix = values.transpose(0, 1).reshape(outputs, -1)
+    if bool((pattern != 0).any()):
+        matrix = torch.cat([matrix, pattern], 1)
+        keys = torch.cat([keys, mix(ONE, torch.arange(taps))])
+        square = square + fuzz.sum(1)
+    return Dense(matrix, keys, square.sqrt())
+
+
+def _sparse(
+    net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Tensor, fuzz: Tensor, groups: int
+) -> Sparse:
+    """Rows of a grouped weight: each over the atoms of its own group."""
+    n, outputs, taps = net.shape
+    width = max(rows.atoms.shape[1], 1)
+    rows = rows.widened(width)
+    entry = net.unsqueeze(3) * (rows.coef * leaders.unsqueeze(1))[:, None, None, :]  # (n, O/G, taps, r)
+    code = mix(rows.atoms[:, None, :], torch.arange(taps)[None, :, None])  # (n, taps, r)
+    code = code.unsqueeze(1).expand(n, outputs, taps, width)
+
+    def by_output(tensor: Tensor) -> Tensor:
+        return tensor.reshape(groups, n // groups, outputs, -1).transpose(1, 2).reshape(groups * outputs, -1)
+
+    atoms, coef = by_output(code), by_output(entry)
+    if bool((pattern != 0).any()):
+        ones = mix(ONE, torch.arange(taps)).expand(groups * outputs, taps)
+        atoms = torch.cat([atoms, ones], 1)
+        coef = torch.cat([coef, pattern.reshape(groups * outputs, taps)], 1)
+    square = by_output(noise * rows.coef.square().sum(1)[:, None, None]).sum(1)
+    square = square + fuzz.sum(2).reshape(-1)
+    zero = torch.zeros(len(atoms), dtype=torch.float64)
+    made = Rows(torch.where(coef == 0, 0, atoms), coef, zero, square.sqrt())
+    return Sparse(made.sorted().merged(), False)
+
+
+def _new_rows(n: Numbering, signature: str, vectors: Dense | Sparse, offset: Tensor, error: Tensor) -> Rows:
+    """One atom for every class of collinear rows; rows of length zero are constants."""
+    size = len(offset)
+    some = (vectors.norm() > MARGIN * vectors.error * 1e-3).nonzero().squeeze(1)
+    atoms = torch.zeros(size, 1, dtype=torch.int64)
+    coef = torch.zeros(size, 1, dtype=torch.float64)
+    if len(some):
+        if isinstance(vectors, Dense):
+            chosen: Dense | Sparse = Dense(vectors.values[some], vectors.keys, vectors.error[some])
+        else:
+            chosen = Sparse(vectors.rows[some], False)
+        atoms[some, 0], coef[some, 0], spread = n.intern(signature, chosen, Freedom.SCALE)
+        error = error.clone()
+        error[some] = (error[some].square() + spread.square()).sqrt()
+    return Rows(atoms, coef, offset, error)
+
+
+@transfer.register(Lookup)
+def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
+    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear)."""
+    if isinstance(n.values[op.index], Known):
+        raise Refused("a lookup at fixed places")
+    table = n.tensor(op.table).T
+    mean = table.mean(1)
+    varying = table - mean.unsqueeze(1)
+    flat = (table == table[:, :1]).all(1)
+    varying = torch.where(flat.unsqueeze(1), 0.0, varying)
+    mean = torch.where(flat, table[:, 0], mean)
+    error = n.eps(op.table) * table.norm(dim=1)
+    keys = mix(number("vocabulary"), torch.arange(table.shape[1]))
+    rows = _new_rows(n, f"lookup {op.index.name}", Dense(varying, keys, error), mean, error)
+    slots = n.slots.of(str(op.table.tensor), 1, len(table))
+    labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(len(table)))
+    return n.record(Channels(node.shape or (), labels, rows, slots))
+
+

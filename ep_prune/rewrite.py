@@ -1,0 +1,147 @@
+"""A plan put into weights and shapes: one `resize` for parameters of modules, bare parameters and ties.
+
+Edits are stated on parameter names. A tied parameter is edited once and stays tied, under all its names; the
+modules' attributes (`out_channels`, `groups`, `num_features`, ...) are read off the new shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ep_prune.embedding import Fold, Plan, Round
+from ep_prune.errors import PlanError
+
+
+def apply_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Apply all rounds of a plan to `model`, in place."""
+    for step in plan.rounds:
+        apply_round_(model, step)
+    return model
+
+
+def apply_round_(model: nn.Module, step: Round) -> None:
+    """Apply one round in place: folds first (they read the wide outputs' biases), then cuts."""
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    new: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor:
+        if name not in tensors and name not in new:
+            raise PlanError(f"the model has no tensor {name!r}: the plan belongs to another model")
+        return (new[name] if name in new else tensors[name]).detach()
+
+    created: list[tuple[str, Tensor]] = []
+    for fold in step.folds:
+        weight, sent = _folded(fold, current(fold.weight))
+        if fold.bias is not None:
+            old = current(fold.bias)
+            new[fold.bias] = (old.double() + sent.to(old.device)).to(old.dtype)
+        elif fold.mean is not None:
+            old = current(fold.mean)
+            new[fold.mean] = (old.double() - sent.to(old.device)).to(old.dtype)
+        elif fold.new_bias is not None:
+            size = fold.layout.canonical(current(fold.weight)).shape[1]
+            keep = (fold.groups.unsqueeze(1) * size + fold.outputs).reshape(-1)
+            created.append((fold.new_bias, sent[keep].to(weight)))
+        new[fold.weight] = weight
+    for cut in step.cuts:
+        old = current(cut.tensor)
+        new[cut.tensor] = old.index_select(cut.axis, cut.keep.to(old.device))
+    resize_(model, new, {fold.weight: len(fold.groups) for fold in step.folds})
+    for path, bias in created:
+        module = model.get_submodule(path)
+        module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)  # type: ignore[union-attr]
+
+
+def _folded(fold: Fold, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The narrow weight, and (O,) what the constants t send to every (wide) output, summed over taps."""
+    wide = fold.layout.canonical(weight.detach().to("cpu", torch.float64))
+    groups, outputs, inputs, taps = wide.shape
+    if fold.embedding.n != groups * inputs or int(fold.outputs.max()) >= outputs:
+        raise PlanError(f"{fold.weight!r} has shape {tuple(weight.shape)}: the plan belongs to another model")
+    by_input = wide.transpose(1, 2).reshape(groups * inputs, outputs * taps)
+    sent = (by_input * fold.embedding.t.unsqueeze(1)).reshape(groups, inputs, outputs, taps).sum((1, 3))
+    narrow = fold.embedding.fold(by_input).reshape(len(fold.groups), -1, outputs, taps)
+    picked = narrow.gather(
+        2, fold.outputs[:, None, :, None].expand(-1, narrow.shape[1], -1, taps)
+    ).transpose(1, 2)
+    kernel = tuple(weight.shape[2:])
+    return fold.layout.original(picked, kernel).to(weight).contiguous(), sent.reshape(-1)
+
+
+def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) -> None:
+    """Give parameters and buffers new values and shapes, under all their names, and keep attributes true.
+
+    `groups`: the number of groups of each convolution's weight, which its shape alone does not tell.
+    """
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    homes.setdefault(id(tensor), []).append((module, key))
+    names = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    touched: set[nn.Module] = set()
+    for name, value in new.items():
+        old = names[name]
+        replacement: Tensor = value
+        if isinstance(old, nn.Parameter):
+            replacement = nn.Parameter(value, requires_grad=old.requires_grad)
+        for module, key in homes[id(old)]:
+            store = module._parameters if key in module._parameters else module._buffers
+            store[key] = replacement  # type: ignore[index]
+            touched.add(module)
+            if isinstance(module, nn.modules.conv._ConvNd) and name in groups:
+                module.groups = groups[name]
+    for module in touched:
+        for kind, refresh in _ATTRIBUTES:
+            if isinstance(module, kind):
+                refresh(module)
+
+
+def _linear(module: nn.Module) -> None:
+    assert isinstance(module, nn.Linear)
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _convolution(module: nn.Module) -> None:
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    first, second = module.weight.shape[:2]
+    if module.transposed:
+        module.in_channels, module.out_channels = first, second * module.groups
+    else:
+        module.out_channels, module.in_channels = first, second * module.groups
+
+
+def _norm(module: nn.Module) -> None:
+    assert isinstance(module, nn.modules.batchnorm._NormBase)
+    sized = module.weight if module.weight is not None else module.running_mean
+    assert sized is not None
+    module.num_features = len(sized)
+
+
+def _prelu(module: nn.Module) -> None:
+    assert isinstance(module, nn.PReLU)
+    module.num_parameters = module.weight.numel()
+
+
+def _table(module: nn.Module) -> None:
+    assert isinstance(module, nn.Embedding)
+    module.embedding_dim = module.weight.shape[1]
+
+
+_ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
+    (nn.Linear, _linear),
+    (nn.modules.conv._ConvNd, _convolution),
+    (nn.modules.batchnorm._NormBase, _norm),
+    (nn.PReLU, _prelu),
+    (nn.Embedding, _table),
+)

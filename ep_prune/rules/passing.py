@@ -1,0 +1,26 @@
+"""Operations that hand on their values: dropout at inference, copies, casts between floating types."""
+
+from __future__ import annotations
+
+from ep_prune.graph import Barrier, Item, Node, Operation, Pass
+from ep_prune.rules.registry import Tensors, arguments, rule
+
+
+@rule("aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout")
+def dropout(node: Node, tensors: Tensors) -> Operation:
+    call = arguments(node)
+    return Barrier("dropout in training mode") if call["train"] and call["p"] > 0 else Pass(call["input"])
+
+
+@rule("aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.alias", "aten.lift_fresh_copy",
+      "aten._to_copy", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as",
+      "aten.positive", "aten.resolve_conj", "aten.resolve_neg")  # fmt: skip
+def same(node: Node, tensors: Tensors) -> Operation:
+    x = node.args[0]
+    kinds = [getattr(dtype, "is_floating_point", False) for dtype in (x.dtype, node.dtype)]
+    return Pass(x) if all(kinds) or x.dtype == node.dtype else Barrier("a cast that is not between floats")
+
+
+@rule("<built-in function getitem>")
+def item(node: Node, tensors: Tensors) -> Operation:
+    return Item(node.args[0], int(node.args[1]))

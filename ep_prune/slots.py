@@ -1,0 +1,99 @@
+"""Slots: the keep-or-drop variables of channels, and what ties them together.
+
+Every index of a parameter's axis has a slot, and so has every channel of a tensor. Operations that need two
+channels to go together (a sum of branches, a batch norm and its convolution, a depthwise filter) unify their
+slots; what may never go (inputs, outputs, whatever a barrier reads, sizes written into the user's code) is
+pinned, with the reason. Unions are recorded and resolved once, vectorized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EqualCounts:
+    """All sections must keep equally many channels (chunk, split into equal parts)."""
+
+    sections: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A grouped convolution: every group that stays keeps equally many inputs and equally many outputs.
+
+    inputs (G, C/G), outputs (G, O/G).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass
+class Slots:
+    count: int = 0
+    owners: list[tuple[int, str]] = field(default_factory=list)
+    """First slot and name of every run of slots that was handed out, in order."""
+    bound: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    constraints: list[EqualCounts | Groups] = field(default_factory=list)
+    _unions: list[Tensor] = field(default_factory=list)
+    _pins: list[tuple[Tensor, str]] = field(default_factory=list)
+
+    def fresh(self, count: int, owner: str) -> Tensor:
+        self.owners.append((self.count, owner))
+        self.count += count
+        return torch.arange(self.count - count, self.count)
+
+    def of(self, tensor: str, axis: int, size: int) -> Tensor:
+        """The slots of a parameter's axis, the same at every use of the parameter."""
+        key = (tensor, axis)
+        if key not in self.bound:
+            self.bound[key] = self.fresh(size, tensor)
+        return self.bound[key]
+
+    def unify(self, a: Tensor, b: Tensor) -> None:
+        if a is not b:
+            a, b = torch.broadcast_tensors(a, b)
+            self._unions.append(torch.stack([a.reshape(-1), b.reshape(-1)]))
+
+    def pin(self, slots: Tensor, reason: str) -> None:
+        self._pins.append((slots.reshape(-1), reason))
+
+    def roots(self) -> Tensor:
+        """(count,) the smallest slot of every slot's set: min-label propagation with pointer jumping."""
+        root = torch.arange(self.count)
+        if not self._unions:
+            return root
+        a, b = torch.cat(self._unions, 1)
+        while True:
+            low = torch.minimum(root[a], root[b])
+            proposed = root.clone()
+            for side in (a, b):
+                proposed.scatter_reduce_(0, root[side], low, "amin")
+                proposed.scatter_reduce_(0, side, low, "amin")
+            proposed = proposed[proposed]
+            if bool((proposed == root).all()):
+                return root
+            root = proposed
+
+    def pinned(self, roots: Tensor) -> Tensor:
+        """(count,) bool by root."""
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        for slots, _ in self._pins:
+            mask[roots[slots]] = True
+        return mask
+
+    def reasons(self, roots: Tensor) -> dict[str, Tensor]:
+        """Reason -> the roots that are pinned for it."""
+        found: dict[str, list[Tensor]] = {}
+        for slots, reason in self._pins:
+            found.setdefault(reason, []).append(roots[slots])
+        return {reason: torch.cat(parts).unique() for reason, parts in found.items()}
+
+    def owner(self, slot: int) -> str:
+        starts = torch.tensor([start for start, _ in self.owners])
+        place = int(torch.searchsorted(starts, torch.tensor(slot), right=True)) - 1
+        return self.owners[place][1]

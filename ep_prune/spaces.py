@@ -1,0 +1,132 @@
+"""Spaces: the sets of channels that are narrowed together, as a user knows them, and what became of each.
+
+A space is what the outputs of one or more layers share once every tie is counted: a convolution with its batch
+norm, or a residual stream with all the branches that add to it. It goes by the first layer that writes to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_prune.selection import STAYED, Selection
+
+
+@dataclass(frozen=True)
+class Space:
+    """One space, before and after. `gone`: null, constant, split, scaled, flipped; `stayed`: reason -> count."""
+
+    name: str
+    producers: tuple[str, ...]
+    axes: tuple[tuple[str, int], ...]
+    before: int
+    after: int
+    gone: dict[str, int]
+    stayed: dict[str, int]
+
+
+KINDS = ("null", "constant", "split", "scaled", "flipped")
+
+
+def spaces(chosen: Selection) -> list[Space]:
+    """All spaces that a selection covers, in the order of their first layers."""
+    n, roots = chosen.numbering, chosen.roots
+    axes = _producing_axes(chosen)
+    space = torch.full((n.slots.count,), -1, dtype=torch.int64)
+    groups: list[list[tuple[str, int]]] = []
+    merged: list[int] = []
+
+    def find(k: int) -> int:
+        while merged[k] != k:
+            k = merged[k]
+        return k
+
+    for key in axes:  # over layers, not over channels
+        own = roots[n.slots.bound[key]]
+        touched = sorted({find(int(k)) for k in space[own].unique() if k >= 0})
+        if touched:
+            head = touched[0]
+            for other in touched[1:]:
+                merged[other] = head
+                groups[head] += groups[other]
+        else:
+            head = len(groups)
+            groups.append([])
+            merged.append(head)
+        groups[head].append(key)
+        space[own] = torch.where(space[own] >= 0, space[own], head)
+    home = torch.tensor([find(k) for k in range(len(merged))] or [0])
+    space = torch.where(space >= 0, home[space.clamp_min(0)], -1)
+    kinds = _kinds(chosen)
+    reasons = chosen.numbering.slots.reasons(roots)
+    result = []
+    for head in sorted({find(k) for k in range(len(merged))}):
+        own = (space == head).nonzero().squeeze(1)
+        own = own[roots[own] == own]
+        kept = chosen.kept[own]
+        gone = {kind: int((kinds[own[~kept]] == k).sum()) for k, kind in enumerate(KINDS)}
+        stayed = {
+            why: int((chosen.why[own[kept]] == code).sum())
+            for code, why in enumerate(STAYED)
+            if why not in ("gone", "pinned")
+        }
+        left = own[chosen.why[own] == STAYED.index("pinned")]
+        for reason, members in reasons.items():
+            mask = torch.isin(left, members)
+            stayed[reason] = int(mask.sum())
+            left = left[~mask]
+        stayed["rolled back or protected"] = len(left)
+        producers = tuple(dict.fromkeys(name for name, _ in groups[head]))
+        first = producers[0].rpartition(".")[0] or producers[0]
+        result.append(
+            Space(
+                first,
+                producers,
+                tuple(groups[head]),
+                len(own),
+                int(kept.sum()),
+                gone,
+                {why: count for why, count in stayed.items() if count},
+            )
+        )
+    return result
+
+
+def _producing_axes(chosen: Selection) -> list[tuple[str, int]]:
+    """The weight axes that write channels, in the order of the graph."""
+    bound = chosen.numbering.slots.bound
+    axes: list[tuple[str, int]] = []
+    written = {port.name: port.op.layout for port in chosen.numbering.ports}
+    for name, axis in bound:
+        if name in written:
+            layout = written[name]
+            out = -1 if layout.groups > 1 else int(layout.inputs_first)
+            if axis == out:
+                axes.append((name, axis))
+        elif chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
+            axes.append((name, axis))  # an embedding table
+    return axes
+
+
+def _kinds(chosen: Selection) -> Tensor:
+    """By root: what kind of redundancy a channel is at the first weight that reads it, as a place in `KINDS`."""
+    kind = torch.zeros(chosen.numbering.slots.count, dtype=torch.int64)
+    for demand in reversed(list(chosen.demands.values())):
+        kept = chosen.kept[demand.roots]
+        n = len(kept)
+        member = kept & ~demand.constant
+        first = torch.full((n,), n).scatter_reduce_(
+            0, demand.leader[member], torch.arange(n)[member], "amin"
+        )
+        target = first[demand.leader].clamp_max(n - 1)
+        ratio = demand.scale / demand.scale[target]
+        own = torch.full((n,), KINDS.index("scaled"))
+        own[ratio == 1] = KINDS.index("split")
+        own[ratio == -1] = KINDS.index("flipped")
+        own[~demand.live[demand.leader]] = KINDS.index("null")
+        own[demand.constant] = KINDS.index("constant")
+        own[demand.constant & (demand.port.x.rows.offset == 0)] = KINDS.index("null")
+        kind[demand.roots] = own
+    return kind

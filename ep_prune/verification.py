@@ -1,0 +1,607 @@
+"""Compare two networks by running them: the check on a narrow network that is to replace a wide one.
+
+It does not look at what a prover claims. It runs both networks on the example inputs, the user's inputs,
+seeded random ones and ones that climb the gradient of the difference, and measures for every output tensor
+
+    max |wide(x) - narrow(x)| / max |wide(x)|        (both maxima over all elements and all probes)
+
+once with weights and inputs widened to float64, once in the dtype in which the models are stored, beside the
+wide model's own rounding, max |wide_stored(x) - wide_64(x)| / max |wide_64(x)|.
+
+What it guarantees: the figures were measured on those probes, and the caller's models, inputs and random
+state are as before, also after an exception, because only deep copies run. What it leaves out: weights that
+no probe reaches (`reached` counts them), inputs far from the probes, training mode. It imports torch and the
+error types alone, so that a mistake of the prover cannot be repeated here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ep_prune.errors import InputError, VerificationError
+
+Call = Any  # (positional arguments, keyword arguments) of one forward pass
+Outputs = dict[str, Tensor]  # the tensors of one forward pass by their path, such as "output.logits"
+
+FAMILIES = ("normal", "matched", "uniform")  # "matched" has the example's mean and standard deviation
+MAX_BATCHES = 64  # of the user's probes: a loader may be endless
+UNBATCHED_DRAWS = 4  # draws of each family where the number of samples cannot be chosen
+REACH_ROWS = 8  # samples in one backward pass, to bound its memory
+FLOAT64_LIMIT = 1e-10
+ROUNDINGS = 16  # what is merged was equal up to rounding only: allow a small multiple of the wide model's own
+LOOSEST_LIMIT = 0.1  # above this a default would let another function pass
+AGREE = 1e-13  # a relative difference that is rounding alone in float64
+NOISE = (
+    1e-12  # a gradient this far below the largest one is rounding of an exact zero (a key bias in attention)
+)
+TINY = 1e-300  # keeps a division by a norm of 0 from NaN
+LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """What was measured on one output tensor, of `shape` on the example inputs; `name` is its path.
+
+    The differences and the wide model's `rounding` are relative to its largest |value|, `scale`; for integer
+    and bool tensors `difference` is the share of unequal elements. `probe` gave the largest difference;
+    `reason` says why `difference` is inf where it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    difference: float
+    stored_difference: float | None
+    rounding: float | None
+    scale: float
+    probe: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify`; differences are relative, the worst over the outputs.
+
+    `difference` is in float64, judged by `limit`; `stored_difference` and the wide model's own `rounding` are
+    in `dtype`, the first judged by `stored_limit`, and None if `dtype` could not be run. `samples`: inputs
+    evaluated. `reached`: share of the wide model's parameter elements with a nonzero gradient on some probe;
+    `unreached`: that share by parameter, worst first. `nonfinite`: elements not compared, because the wide
+    model gave NaN or inf. `synthetic`: the user gave no probes.
+    """
+
+    difference: float
+    stored_difference: float | None
+    rounding: float | None
+    limit: float
+    stored_limit: float
+    dtype: str
+    per_output: tuple[OutputDifference, ...]
+    worst_probe: str
+    samples: int
+    reached: float | None
+    unreached: dict[str, float]
+    nonfinite: int
+    notes: tuple[str, ...]
+    synthetic: bool
+
+    @property
+    def ok(self) -> bool:
+        """True if both figures are within their limits (one that could not be measured is not judged)."""
+        return self.difference <= self.limit and (self.stored_difference or 0.0) <= self.stored_limit
+
+    def raise_if_different(self) -> None:
+        """Raise VerificationError, one sentence that names the output, unless `ok`."""
+        if self.ok:
+            return
+        worst = max(self.per_output, key=lambda output: (output.difference, output.stored_difference or 0.0))
+        why = f"{self.difference:.2g} relative in float64 on probe '{worst.probe}', limit {self.limit:.2g}"
+        if self.difference <= self.limit:
+            worst = max(self.per_output, key=lambda output: output.stored_difference or 0.0)
+            why = f"{self.stored_difference:.2g} relative in {self.dtype}, limit {self.stored_limit:.2g}"
+        text = f"the narrow model differs from the wide one at '{worst.name}' ({worst.reason or why})"
+        raise VerificationError(f"{text}: keep the wide model, or pass a larger limit if this is wanted")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and `ok` as plain values for json; an infinite number is the text "Infinity"."""
+        text = json.dumps({"ok": self.ok, **dataclasses.asdict(self)})
+        return dict(json.loads(text, parse_constant=str))
+
+    def __str__(self) -> str:
+        stored = "not measured" if self.stored_difference is None else f"{self.stored_difference:.2e}"
+        lines = [
+            f"{'same' if self.ok else 'DIFFERENT'} on {self.samples} samples"
+            f"{' (synthetic probes)' if self.synthetic else ''}",
+            f"  float64   {self.difference:.2e}  limit {self.limit:.2e}  worst probe {self.worst_probe}",
+            f"  {self.dtype:<9} {stored}  limit {self.stored_limit:.2e}  rounding {self.rounding or 0:.2e}",
+        ]
+        lines += [
+            f"  {o.name} {[*o.shape]}  {o.difference:.2e}  {o.reason}".rstrip() for o in self.per_output
+        ]
+        if self.reached is not None:
+            least = ", ".join(f"{name} ({share:.1%})" for name, share in list(self.unreached.items())[:4])
+            lines += [
+                f"  probes reach {self.reached:.2%} of the weights" + (f", least: {least}" if least else "")
+            ]
+        if self.nonfinite:
+            lines += [f"  {self.nonfinite} elements not compared: the wide model gives NaN or inf there"]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def verify(
+    wide: nn.Module,
+    narrow: nn.Module,
+    inputs: Any,
+    *,
+    probes: Iterable[Any] | None = None,
+    seed: int = 0,
+    count: int = 32,
+    ascent_steps: int = 16,
+    ascent_starts: int = 4,
+    limit: float | None = None,
+    reach: bool = True,
+) -> Verification:
+    """Measure how far `narrow` is from `wide`, both in eval mode, on copies.
+
+    `inputs`: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments; they may
+    nest, and hold values that are no tensors. `probes`: batches in the same form; what a batch holds beyond
+    the model's arguments (the y of (x, y)) is dropped, and at most 64 batches are read. `count`: samples of
+    each random family along dimension 0 if all input tensors share it, else draws have the example's shape.
+    `limit` judges the float64 figure; None means 1e-10 for a float64 model, and else max(16 * rounding, 64
+    eps) in its dtype, with 4 eps for 16 bits (64 eps of bfloat16 is half the output), 0.1 at most. The stored
+    figure may reach limit + 16 * max(rounding, eps): by the triangle inequality it is at most the float64
+    figure and the rounding of both models, and the narrow one may round some times worse.
+
+    Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
+    `probes`, `probes` is empty, or an option is out of range. A narrow model that raises, or whose outputs
+    have another structure or shape, is a difference of inf with its reason, not an exception.
+    """
+    if (
+        count < 1
+        or ascent_steps < 0
+        or ascent_starts < 0
+        or (limit is not None and not 0 <= limit < math.inf)
+    ):
+        raise InputError("count must be at least 1, and ascent_steps, ascent_starts and limit at least 0")
+    example = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_as_tuple(inputs), {})
+    cuda = {t.device for m in (wide, narrow) for t in [*m.parameters(), *m.buffers()] if t.is_cuda}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(cuda)))  # models and loaders draw from it too
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(device.type for device in cuda)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        session = _Session(wide, narrow, example, seed, reach)
+        session.run(probes, count, ascent_steps, ascent_starts)
+        return session.result(limit, synthetic=probes is None)
+
+
+@dataclass
+class _Record:
+    """Running maxima for one output tensor (for integers: counts of unequal and of all elements)."""
+
+    shape: tuple[int, ...] = ()
+    gap: float = 0.0
+    scale: float = 0.0
+    stored_gap: float = 0.0
+    stored_scale: float = 0.0
+    rounding_gap: float = 0.0
+    finite: int = 0
+    worst: float = -1.0
+    probe: str = ""
+    reason: str = ""
+
+    def add(self, probe: str, wide: Tensor, narrow: Tensor) -> None:
+        gap, scale, finite = _gap(wide, narrow)
+        if gap > self.worst:
+            self.worst, self.probe = gap, probe
+        join = max if wide.is_floating_point() else sum
+        self.gap, self.scale, self.finite = (
+            join((self.gap, gap)),
+            join((self.scale, scale)),
+            self.finite + finite,
+        )
+
+    def add_stored(self, wide64: Tensor, wide: Tensor, narrow: Tensor) -> None:
+        if not wide.is_floating_point():
+            return  # an argmax may flip by rounding: it is judged in float64 alone
+        gap, scale, _ = _gap(wide, narrow)
+        self.stored_gap, self.stored_scale = max(self.stored_gap, gap), max(self.stored_scale, scale)
+        both = wide64.isfinite() & wide.isfinite()  # an overflow of the dtype is no measure of its rounding
+        self.rounding_gap = max(self.rounding_gap, _gap(wide64[both], wide[both])[0])
+
+    def finish(self, name: str, own: bool) -> OutputDifference:
+        if not self.reason and self.scale == 0 and self.gap > 0:
+            self.reason = "the wide model's output is 0 on every probe, the narrow model's is not"
+        if not self.reason and not self.finite:
+            self.reason = "the wide model gives no finite number on any probe"
+        scales = (self.scale or math.inf, self.stored_scale or math.inf)
+        gaps = (math.inf, math.inf) if self.reason else (self.gap / scales[0], self.stored_gap / scales[1])
+        stored, rounding = (gaps[1], self.rounding_gap / scales[0]) if own else (None, None)
+        return OutputDifference(
+            name, self.shape, gaps[0], stored, rounding, self.scale, self.probe, self.reason
+        )
+
+
+class _Session:
+    """The copies, the probes and what has been measured so far."""
+
+    def __init__(self, wide: nn.Module, narrow: nn.Module, example: Call, seed: int, reach: bool) -> None:
+        self.wide, self.narrow = _copied(wide, "wide"), _copied(narrow, "narrow")
+        self.wide64, self.narrow64 = _widened(self.wide), _widened(self.narrow)
+        self.dtype = _dtype(self.wide, example)
+        self.own = self.dtype != torch.float64  # else there is one figure, and no rounding to measure
+        self.example = _map(example, lambda t: t.detach().cpu())
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.records: dict[str, _Record] = {}
+        self.notes: dict[str, None] = {}  # a dict is an ordered set
+        self.samples = self.nonfinite = 0
+        self.reach, self.batched = reach, False
+        weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point()}
+        self.touched = {
+            name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()
+        }
+
+    def run(self, probes: Iterable[Any] | None, count: int, steps: int, starts: int) -> None:
+        tensors = _tensors(self.example)
+        floating = any(t.is_floating_point() for t in tensors)
+        drawable = any(t.dtype != torch.bool and not t.is_complex() for t in tensors)
+        families: tuple[str, ...] = FAMILIES if floating else ("integer",) if drawable else ()
+        self.batched = bool(families) and _rows(self.example) > 0
+        if self.batched:  # whether dimension 0 is the batch is asked of the wide model itself
+            self.batched = self.evaluate(families[0], self.draw(families[0], count))
+        self.evaluate("example", self.example)
+        if probes is not None:
+            self._run_user(probes)
+        for family in families[1:] if self.batched else families:
+            for _ in range(1 if self.batched else min(count, UNBATCHED_DRAWS)):
+                self.evaluate(family, self.draw(family, count if self.batched else None))
+        if floating and steps and starts and not any(record.reason for record in self.records.values()):
+            worst = max(self.records.values(), key=lambda record: record.worst).probe
+            family = worst if worst in FAMILIES else "matched"
+            for start in (starts,) if self.batched else (None,) * starts:
+                self._ascend(self.draw(family, start), steps)
+
+    def _run_user(self, probes: Iterable[Any]) -> None:
+        if isinstance(probes, Tensor | Mapping) or not isinstance(probes, Iterable):
+            raise InputError("probes must be an iterable of batches, such as a list or a DataLoader")
+        read = 0
+        for read, batch in enumerate(itertools.islice(probes, MAX_BATCHES), 1):  # noqa: B007
+            self.evaluate("user", _as_batch(batch, self.example))
+        if not read:
+            raise InputError("probes holds no batch: pass at least one, or None for synthetic probes")
+        if read == MAX_BATCHES:
+            self.notes[f"no more than {MAX_BATCHES} batches of the probes were read"] = None
+
+    def forward(self, model: nn.Module, call: Call, dtype: torch.dtype) -> Outputs:
+        """One forward pass, from a fixed seed, on copies of the arguments (a model may write into them)."""
+        state = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+        args, kwargs = _map(call, lambda t: _cast(t, dtype).to(state.device, copy=True))
+        torch.manual_seed(self.seed)
+        with _InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+            outputs, unknown = _flatten(model(*args, **kwargs))
+        self.notes |= {f"{name} is not compared: no tensor, number or container": None for name in unknown}
+        return outputs
+
+    def attempt(self, model: nn.Module, call: Call, dtype: torch.dtype) -> Outputs | Exception:
+        try:
+            return self.forward(model, call, dtype)
+        except Exception as error:
+            return error
+
+    def evaluate(self, probe: str, call: Call) -> bool:
+        """Run all copies on one batch of probes; False if the wide model does not take a synthetic one."""
+        call = _map(call, lambda t: _cast(t.detach(), self.dtype))  # both figures from the same numbers
+        wide64 = self.attempt(self.wide64, call, torch.float64)
+        if isinstance(wide64, Exception):
+            if probe in ("example", "user"):
+                text = f"the wide model, in float64, does not take the {probe} inputs"
+                raise InputError(f"{text}: {_short(wide64)}") from wide64
+            self.notes[f"probes '{probe}' were skipped: the wide model raises {_short(wide64)}"] = None
+            return False
+        self.samples += _rows(call) if self.batched else 1
+        self.compare(probe, wide64, self.attempt(self.narrow64, call, torch.float64))
+        if self.own:
+            self._evaluate_stored(probe, call, wide64)
+        if self.reach and self.touched:
+            self._reach(call)
+        return True
+
+    def _evaluate_stored(self, probe: str, call: Call, wide64: Outputs) -> None:
+        wide = self.attempt(self.wide, call, self.dtype)
+        narrow = self.attempt(self.narrow, call, self.dtype)
+        if isinstance(wide, Exception):
+            self.own = False
+            self.notes[f"not measured in {self.dtype}: the wide model raises {_short(wide)}"] = None
+        elif isinstance(narrow, Exception):
+            self._refuse("output", probe, f"the narrow model, in {self.dtype}, raises {_short(narrow)}")
+        else:
+            for name, record in self.records.items():
+                if not record.reason:
+                    record.add_stored(wide64[name], wide[name], narrow[name].to(wide[name].device))
+
+    def compare(self, probe: str, wide: Outputs, narrow: Outputs | Exception) -> None:
+        """Add one batch in float64; what cannot be compared gets a reason, hence a difference of inf."""
+        if isinstance(narrow, Exception):
+            return self._refuse("output", probe, f"the narrow model raises {_short(narrow)}")
+        if not wide or list(wide) != list(narrow):
+            names = [", ".join(outputs) or "no tensor" for outputs in (wide, narrow)]
+            return self._refuse(
+                "output", probe, f"the wide model returns {names[0]}, the narrow one {names[1]}"
+            )
+        for name, value in wide.items():
+            other = narrow[name].to(value.device)
+            if other.shape != value.shape or other.is_floating_point() != value.is_floating_point():
+                texts = [f"{str(t.dtype)[6:]}{[*t.shape]}" for t in (value, other)]
+                self._refuse(name, probe, f"it is {texts[0]} in the wide model, {texts[1]} in the narrow one")
+                continue
+            record = self.records.setdefault(name, _Record())
+            record.shape = tuple(value.shape) if probe == "example" else record.shape
+            self.nonfinite += int((~value.isfinite()).sum())
+            record.add(probe, value, other)
+        return None
+
+    def _refuse(self, name: str, probe: str, reason: str) -> None:
+        record = self.records.setdefault(name, _Record())
+        record.reason, record.probe = record.reason or reason, probe
+
+    def draw(self, family: str, rows: int | None) -> Call:
+        """Random inputs like the example's: `rows` samples along dimension 0, or None for its own shapes."""
+        return _map(self.example, functools.partial(self._draw, family, rows))
+
+    def _draw(self, family: str, rows: int | None, example: Tensor) -> Tensor:
+        shape = example.shape if rows is None else (rows, *example.shape[1:])
+        masks = example.dtype == torch.bool or not example.isfinite().all()  # they have no distribution
+        if masks or example.is_complex() or not example.numel():
+            return example if rows is None else example[torch.arange(rows) % len(example)]
+        low, high = float(example.min()), float(example.max())
+        if not example.is_floating_point():
+            bounds = (int(example.min()), int(example.max()) + 1)
+            return torch.randint(*bounds, shape, generator=self.generator, dtype=example.dtype)
+        if family == "uniform":
+            return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        normal = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        mean, std = example.double().mean(), example.double().std(correction=0)
+        return normal if family == "normal" else mean + std * normal
+
+    def _ascend(self, call: Call, steps: int) -> None:
+        """Climb ||wide(x) - narrow(x)||^2 by normalised steps, |x| within its first norm; compare every x."""
+
+        def norm(t: Tensor) -> Tensor:  # of each sample, or of the whole tensor
+            rows: Tensor = torch.linalg.vector_norm(t.reshape(len(t) if self.batched else 1, -1), dim=1)
+            return rows.reshape(-1, *[1] * (t.dim() - 1)) if self.batched else rows[0]
+
+        radii: list[Tensor] = []
+        try:
+            for step in range(steps):
+                points: list[Tensor] = []
+                call = _map(call, functools.partial(_as_leaf, points))
+                radii = radii or [norm(point.detach()) for point in points]
+                with torch.enable_grad():
+                    wide = self.forward(self.wide64, call, torch.float64)
+                    narrow = self.forward(self.narrow64, call, torch.float64)
+                    gaps = [wide[name] - narrow[name] for name in wide if wide[name].requires_grad]
+                    square = torch.stack([gap[gap.isfinite()].square().sum() for gap in gaps]).sum()
+                self.compare("ascent", wide, narrow)
+                largest = {name: _gap(wide[name], narrow[name])[0] for name in wide}
+                if all(gap <= AGREE * self.records[name].scale for name, gap in largest.items()):
+                    break  # equal up to rounding: nothing to climb
+                for point, radius, slope in zip(points, radii, _gradients(square, points), strict=True):
+                    point += 0.3 / math.sqrt(1 + step) * radius * slope / norm(slope).clamp_min(TINY)
+                    point *= (radius / norm(point).clamp_min(TINY)).clamp_max(1)
+        except Exception as error:
+            self.notes[f"the gradient ascent stopped: {_short(error)}"] = None
+        self.evaluate("ascent", call)
+
+    def _reach(self, call: Call) -> None:
+        """Mark the wide model's parameter elements that a random projection of the outputs depends on."""
+        weights = [p for name, p in self.wide64.named_parameters() if name in self.touched]
+        try:
+            self.wide64.requires_grad_(True)
+            for start in range(0, _rows(call) if self.batched else 1, REACH_ROWS):
+                rows = slice(start, start + REACH_ROWS) if self.batched else None
+                piece = _map(call, functools.partial(_part, rows))
+                with torch.enable_grad():
+                    outputs = self.forward(self.wide64, piece, torch.float64).values()
+                    terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
+                    total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
+                slopes = [slope.abs() for slope in _gradients(total, weights)]
+                floor = NOISE * max(float(slope.max()) for slope in slopes)
+                pairs = list(zip(self.touched.values(), slopes, strict=True))
+                if not any(bool(((slope > floor) & ~touched).any()) for touched, slope in pairs):
+                    break  # samples of one family reach much the same weights
+                for touched, slope in pairs:
+                    touched |= slope > floor
+        except Exception as error:
+            self.reach = False
+            self.notes[f"the share of weights reached was not measured: {_short(error)}"] = None
+        finally:
+            self.wide64.requires_grad_(False)
+
+    def result(self, limit: float | None, synthetic: bool) -> Verification:
+        eps, exact = torch.finfo(self.dtype).eps, self.dtype == torch.float64
+        outputs = tuple(record.finish(name, self.own) for name, record in self.records.items())
+        worst = max(outputs, key=lambda output: output.difference)
+        rounding = max(output.rounding or 0.0 for output in outputs)
+        if limit is None:
+            limit = min(max(ROUNDINGS * rounding, (64 if eps < 1e-6 else 4) * eps), LOOSEST_LIMIT)
+            limit = FLOAT64_LIMIT if exact else limit
+        stored = max(output.stored_difference or 0.0 for output in outputs)
+        shares = sorted((float(t.double().mean()), name) for name, t in self.touched.items())
+        counts = [(int(t.sum()), t.numel()) for t in self.touched.values()]
+        reached = sum(some for some, _ in counts) / sum(total for _, total in counts) if counts else 1.0
+        return Verification(
+            difference=worst.difference,
+            stored_difference=worst.difference if exact else stored if self.own else None,
+            rounding=0.0 if exact else rounding if self.own else None,
+            limit=limit,
+            stored_limit=limit if exact else limit + ROUNDINGS * max(rounding, eps),
+            dtype=str(self.dtype)[6:],
+            per_output=outputs,
+            worst_probe=worst.probe,
+            samples=self.samples,
+            reached=reached if self.reach else None,
+            unreached={name: share for share, name in shares if share < 1} if self.reach else {},
+            nonfinite=self.nonfinite,
+            notes=tuple(self.notes),
+            synthetic=synthetic,
+        )
+
+
+class _InFloat64(TorchFunctionMode):
+    """In here no tensor is born below float64: a model's `x.float()`, `torch.zeros(n)` or `to(torch.float32)`
+    would put float32 rounding into the float64 figure."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def higher(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
+
+        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
+        result = func(*map(higher, args), **{name: higher(value) for name, value in (kwargs or {}).items()})
+        return result.double() if isinstance(result, Tensor) and result.dtype in LOW else result
+
+
+def _gap(wide: Tensor, narrow: Tensor) -> tuple[float, float, int]:
+    """max |wide - narrow| and max |wide| where wide is finite, and how many elements that is.
+
+    A narrow NaN or inf there is a gap of inf, and so is all but the same infinity where wide is infinite;
+    where wide is NaN there is nothing to keep. Of integers: unequal elements, all elements, all elements.
+    """
+    if not wide.is_floating_point():
+        return float((wide != narrow).sum()), float(wide.numel()), wide.numel()
+    finite = wide.isfinite()
+    lost = bool((wide.isinf() & (wide != narrow)).any())
+    wide, narrow = wide[finite].detach().double(), narrow[finite].detach().double()
+    if not wide.numel():
+        return math.inf if lost else 0.0, 0.0, 0
+    gap = float((wide - narrow).abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
+    return math.inf if lost else gap, float(wide.abs().max()), wide.numel()
+
+
+def _gradients(value: Tensor, points: Sequence[Tensor]) -> list[Tensor]:
+    slopes = torch.autograd.grad(value, points, allow_unused=True)
+    return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(points, slopes, strict=True)]
+
+
+def _copied(model: nn.Module, role: str) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:
+        raise InputError(
+            f"the {role} model cannot be copied, and only copies are run: {_short(error)}"
+        ) from error
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):  # a tensor kept as a plain attribute, not as a buffer
+            if isinstance(value, Tensor):
+                setattr(module, name, _cast(value, torch.float64))
+    model._apply(lambda t: _cast(t, torch.float64))  # type: ignore[no-untyped-call]
+    return model
+
+
+def _dtype(model: nn.Module, example: Call) -> torch.dtype:
+    """The floating dtype of most parameter elements, or without parameters of the example's."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in list(model.parameters()) or _tensors(example):
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    return max((n, str(d), d) for d, n in sizes.items())[2] if any(sizes.values()) else torch.float32
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _as_leaf(points: list[Tensor], tensor: Tensor) -> Tensor:
+    """A float64 leaf of the graph, listed in `points`; integers and masks of -inf stay as they are."""
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        return tensor
+    points.append(tensor.detach().double().clone().requires_grad_())
+    return points[-1]
+
+
+def _part(rows: slice | None, tensor: Tensor) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def _as_batch(batch: Any, example: Call) -> Call:
+    """The model's arguments of one batch of the user's: those that the example has, the rest is dropped."""
+    args, names = example
+    inner: Any = Mapping if names else tuple | list if args and isinstance(args[0], Tensor) else ()
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], inner):
+        batch = batch[0]  # ((arguments), y)
+    if isinstance(batch, Mapping) and names and all(name in batch for name in names):
+        return (), {name: batch[name] for name in names}
+    values = _as_tuple(batch)
+    if names or isinstance(batch, Mapping) or len(values) < len(args):
+        wanted = f"a mapping with {', '.join(names)}" if names else f"{len(args)} positional arguments"
+        raise InputError(f"a batch of the probes is not like the example inputs: it must be {wanted}")
+    return values[: len(args)], {}
+
+
+def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers, `change` applied to every tensor; others are copied, a model may own them."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, tuple | list):
+        parts = [_map(part, change) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if isinstance(tree, Mapping):
+        return {name: _map(part, change) for name, part in tree.items()}
+    return copy.deepcopy(tree)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _rows(call: Call) -> int:
+    """The size of dimension 0 if all tensors share it, else 0."""
+    sizes = {t.shape[0] if t.dim() else 0 for t in _tensors(call)}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _flatten(value: Any, name: str = "output") -> tuple[Outputs, list[str]]:
+    """The tensors of a nested structure by path; the paths of what is no tensor, number or container."""
+    if isinstance(value, bool | int | float):
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    if isinstance(value, Tensor) and not value.is_nested:
+        value = value if value.layout == torch.strided else value.to_dense()
+        return {name: torch.view_as_real(value) if value.is_complex() else value}, []
+    if isinstance(value, Mapping):  # so is an output of transformers
+        parts = {f"{name}.{key}": part for key, part in value.items()}
+    elif dataclasses.is_dataclass(value):
+        parts = {f"{name}.{key.name}": getattr(value, key.name) for key in dataclasses.fields(value)}
+    elif isinstance(value, tuple | list | Tensor):
+        parts = {f"{name}[{i}]": part for i, part in enumerate(value)}
+    else:
+        return {}, [] if value is None else [name]
+    pairs = [_flatten(part, path) for path, part in parts.items()]
+    return {k: v for outputs, _ in pairs for k, v in outputs.items()}, [k for _, more in pairs for k in more]
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
