@@ -217,6 +217,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
     }
     names: dict[int, list[str]] = {}
     live: dict[str, Tensor] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -283,7 +284,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.bias is None
         ),
-        untraced=tuple(name for name in tensors if name not in used and name in live),
+        untraced=tuple(name for name in tensors if name not in used and name in parameters),
     )
 
 
