@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class _State:
     reference: list[tuple[Any, list[Tensor]]]
     """Inputs in float64 and the wide model's outputs on them."""
     limit: float
+    probes_given: bool
+    promised: list[Any]
+    """The probes that `tol` is a promise about: the user's, or synthetic ones."""
     frozen: dict[Axis, str] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     records: dict[str, SpaceRecord] = field(default_factory=dict)
@@ -118,14 +121,16 @@ def reduce(
                 wide,
                 state.model,
                 example_inputs,
-                probes=given,
+                probes=given if tol == 0 else state.promised,
                 seed=seed,
                 limit=tol if tol > 0 else None,
+                judged=("example", "user") if tol > 0 else None,
                 ascent_steps=16 if verify_result else 0,
                 reach=verify_result,
             )
             if verify_result:
                 checked.raise_if_different()
+            checked = replace(checked, synthetic=given is None)
         report = Report(
             spaces=tuple(state.records.values()),
             before=before,
@@ -188,17 +193,15 @@ def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | No
 def _start(
     wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int
 ) -> _State:
-    batches = [example_inputs]
-    if tol > 0:
-        batches += given if given is not None else synthetic_probes(wide, example_inputs, seed)
+    promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     reference = []
     double = copy.deepcopy(wide).double()
-    for batch in batches:
+    for batch in [example_inputs, *(promised if tol > 0 else [])]:
         inputs = _double(batch)
         reference.append((inputs, _outputs(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
-    return _State(wide, trace(wide, example_inputs), reference, limit)
+    return _State(wide, trace(wide, example_inputs), reference, limit, given is not None, promised)
 
 
 def _double(inputs: Any) -> Any:
@@ -380,17 +383,17 @@ def _note(state: _State, numbering: Numbering, chosen: Selection) -> None:
 def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> None:
     """Grow the local threshold while the measured change of the output stays under `tol`; keep the narrowest.
 
-    First one threshold for all, grown by factors of 10 and refined by bisection; then, beyond it, space by
-    space, since a single sensitive space must not hold back the others.
+    One threshold for all, grown by factors of 10 and refined by bisection. Synthetic probes do not reach what
+    real inputs reach: without the user's own, the threshold, which bounds each channel's share of what batch
+    norm recorded, must itself stay near `tol`.
     """
     best: tuple[Selection, Round, nn.Module] | None = None
 
-    def attempt(threshold: float, free: Sequence[str] | None = None) -> tuple[Selection, Round, nn.Module] | None:
+    def attempt(threshold: float) -> tuple[Selection, Round, nn.Module] | None:
         bar.set_postfix_str(f"threshold {threshold:.1e}")
         bar.update()
         numbering = number_channels(state.graph, threshold)
-        held = [] if free is None else [a for a in _all_axes(numbering, free)]
-        chosen = select(numbering, _frozen_slots(numbering, [*state.frozen, *held]))
+        chosen = select(numbering, _frozen_slots(numbering, state.frozen))
         step = to_round(chosen)
         narrow = copy.deepcopy(state.model)
         if step:
@@ -399,22 +402,21 @@ def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> 
                 return None
         return chosen, step, narrow
 
-    low, high = 0.0, None
-    for exponent in range(-9, 0):
-        trial = attempt(10.0**exponent)
+    cap = 1.0 if state.probes_given else 10 * tol
+    low, high = 0.0, 0.0
+    for threshold in [t for t in (10.0**e for e in range(-9, 0)) if t < cap] + [min(cap, 0.5)]:
+        trial = attempt(threshold)
         if trial is None:
-            high = 10.0**exponent
+            high = threshold
             break
-        best, low = trial, 10.0**exponent
-    if high is not None and low > 0:
-        for _ in range(4):
-            middle = (low * high) ** 0.5
-            trial = attempt(middle)
-            if trial is None:
-                high = middle
-            else:
-                best, low = trial, middle
-    best = _beyond(state, best, low or 1e-9, attempt) or best
+        best, low = trial, threshold
+    for _ in range(4 if high > 0 and low > 0 else 0):
+        middle = (low * high) ** 0.5
+        trial = attempt(middle)
+        if trial is None:
+            high = middle
+        else:
+            best, low = trial, middle
     if best is None or not best[1]:
         return
     chosen, step, _ = best
@@ -426,21 +428,6 @@ def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> 
         _note(state, chosen.numbering, chosen)
         state.model, state.graph = done
         state.rounds.append(step)
-
-
-def _all_axes(numbering: Numbering, free: Sequence[str]) -> list[Axis]:
-    """The producing axes of all layers but those named in `free`."""
-    return [axis for axis in numbering.slots.bound if axis[0] not in free]
-
-
-def _beyond(
-    state: _State,
-    best: tuple[Selection, Round, nn.Module] | None,
-    threshold: float,
-    attempt: Callable[..., tuple[Selection, Round, nn.Module] | None],
-) -> tuple[Selection, Round, nn.Module] | None:
-    """Beyond the common threshold: the spaces that can go further at 3, 10 and 100 times it."""
-    return best
 
 
 __all__ = ["Result", "apply_plan", "reduce", "reduce_"]

@@ -17,25 +17,39 @@ error types alone, so that a mistake of the prover cannot be repeated here.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ep_prune.errors import InputError, VerificationError
-
-Call = Any  # (positional arguments, keyword arguments) of one forward pass
-Outputs = dict[str, Tensor]  # the tensors of one forward pass by their path, such as "output.logits"
+from ep_prune.verification.trees import (
+    Call,
+    InFloat64,
+    Outputs,
+    all_tensors,
+    as_batch,
+    as_leaf,
+    as_tuple,
+    cast,
+    copied,
+    flatten,
+    gap_of,
+    gradients,
+    main_dtype,
+    map_tensors,
+    rows_of,
+    shared_rows,
+    short,
+    widened,
+)
 
 FAMILIES = ("normal", "matched", "uniform")  # "matched" has the example's mean and standard deviation
 MAX_BATCHES = 64  # of the user's probes: a loader may be endless
@@ -49,7 +63,6 @@ NOISE = (
     1e-12  # a gradient this far below the largest one is rounding of an exact zero (a key bias in attention)
 )
 TINY = 1e-300  # keeps a division by a norm of 0 from NaN
-LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Verification:
     evaluated. `reached`: share of the wide model's parameter elements with a nonzero gradient on some probe;
     `unreached`: that share by parameter, worst first. `nonfinite`: elements not compared, because the wide
     model gave NaN or inf. `synthetic`: the user gave no probes.
+    `beyond`: the largest difference on probes that the limit is no promise about, and which these are.
     """
 
     difference: float
@@ -96,6 +110,8 @@ class Verification:
     nonfinite: int
     notes: tuple[str, ...]
     synthetic: bool
+    beyond: float = 0.0
+    beyond_probe: str = ""
 
     @property
     def ok(self) -> bool:
@@ -127,6 +143,8 @@ class Verification:
             f"  float64   {self.difference:.2e}  limit {self.limit:.2e}  worst probe {self.worst_probe}",
             f"  {self.dtype:<9} {stored}  limit {self.stored_limit:.2e}  rounding {self.rounding or 0:.2e}",
         ]
+        if self.beyond_probe:
+            lines += [f"  beyond the promise: {self.beyond:.2e} on probes '{self.beyond_probe}'"]
         lines += [
             f"  {o.name} {[*o.shape]}  {o.difference:.2e}  {o.reason}".rstrip() for o in self.per_output
         ]
@@ -152,6 +170,7 @@ def verify(
     ascent_starts: int = 4,
     limit: float | None = None,
     reach: bool = True,
+    judged: Sequence[str] | None = None,
 ) -> Verification:
     """Measure how far `narrow` is from `wide`, both in eval mode, on copies.
 
@@ -164,6 +183,9 @@ def verify(
     figure may reach limit + 16 * max(rounding, eps): by the triangle inequality it is at most the float64
     figure and the rounding of both models, and the narrow one may round some times worse.
 
+    `judged`: the probe families that the limit is a promise about (None: all); what the others show is reported
+    as `beyond`, not judged.
+
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
     `probes`, `probes` is empty, or an option is out of range. A narrow model that raises, or whose outputs
     have another structure or shape, is a difference of inf with its reason, not an exception.
@@ -175,7 +197,7 @@ def verify(
         or (limit is not None and not 0 <= limit < math.inf)
     ):
         raise InputError("count must be at least 1, and ascent_steps, ascent_starts and limit at least 0")
-    example = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_as_tuple(inputs), {})
+    example = ((), dict(inputs)) if isinstance(inputs, Mapping) else (as_tuple(inputs), {})
     cuda = {t.device for m in (wide, narrow) for t in [*m.parameters(), *m.buffers()] if t.is_cuda}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(cuda)))  # models and loaders draw from it too
@@ -183,7 +205,7 @@ def verify(
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(device.type for device in cuda)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        session = _Session(wide, narrow, example, seed, reach)
+        session = _Session(wide, narrow, example, seed, reach, judged)
         session.run(probes, count, ascent_steps, ascent_starts)
         return session.result(limit, synthetic=probes is None)
 
@@ -201,10 +223,16 @@ class _Record:
     finite: int = 0
     worst: float = -1.0
     probe: str = ""
+    beyond: float = 0.0
+    beyond_probe: str = ""
     reason: str = ""
 
-    def add(self, probe: str, wide: Tensor, narrow: Tensor) -> None:
-        gap, scale, finite = _gap(wide, narrow)
+    def add(self, probe: str, wide: Tensor, narrow: Tensor, judged: bool) -> None:
+        gap, scale, finite = gap_of(wide, narrow)
+        if not judged:
+            if gap > self.beyond:
+                self.beyond, self.beyond_probe = gap, probe
+            return
         if gap > self.worst:
             self.worst, self.probe = gap, probe
         join = max if wide.is_floating_point() else sum
@@ -217,10 +245,10 @@ class _Record:
     def add_stored(self, wide64: Tensor, wide: Tensor, narrow: Tensor) -> None:
         if not wide.is_floating_point():
             return  # an argmax may flip by rounding: it is judged in float64 alone
-        gap, scale, _ = _gap(wide, narrow)
+        gap, scale, _ = gap_of(wide, narrow)
         self.stored_gap, self.stored_scale = max(self.stored_gap, gap), max(self.stored_scale, scale)
         both = wide64.isfinite() & wide.isfinite()  # an overflow of the dtype is no measure of its rounding
-        self.rounding_gap = max(self.rounding_gap, _gap(wide64[both], wide[both])[0])
+        self.rounding_gap = max(self.rounding_gap, gap_of(wide64[both], wide[both])[0])
 
     def finish(self, name: str, own: bool) -> OutputDifference:
         if not self.reason and self.scale == 0 and self.gap > 0:
@@ -238,28 +266,36 @@ class _Record:
 class _Session:
     """The copies, the probes and what has been measured so far."""
 
-    def __init__(self, wide: nn.Module, narrow: nn.Module, example: Call, seed: int, reach: bool) -> None:
-        self.wide, self.narrow = _copied(wide, "wide"), _copied(narrow, "narrow")
-        self.wide64, self.narrow64 = _widened(self.wide), _widened(self.narrow)
-        self.dtype = _dtype(self.wide, example)
+    def __init__(
+        self,
+        wide: nn.Module,
+        narrow: nn.Module,
+        example: Call,
+        seed: int,
+        reach: bool,
+        judged: Sequence[str] | None,
+    ) -> None:
+        self.wide, self.narrow = copied(wide, "wide"), copied(narrow, "narrow")
+        self.wide64, self.narrow64 = widened(self.wide), widened(self.narrow)
+        self.dtype = main_dtype(self.wide, example)
         self.own = self.dtype != torch.float64  # else there is one figure, and no rounding to measure
-        self.example = _map(example, lambda t: t.detach().cpu())
+        self.example = map_tensors(example, lambda t: t.detach().cpu())
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.records: dict[str, _Record] = {}
         self.notes: dict[str, None] = {}  # a dict is an ordered set
         self.samples = self.nonfinite = 0
-        self.reach, self.batched = reach, False
+        self.reach, self.batched, self.judged = reach, False, judged
         weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point()}
         self.touched = {
             name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()
         }
 
     def run(self, probes: Iterable[Any] | None, count: int, steps: int, starts: int) -> None:
-        tensors = _tensors(self.example)
+        tensors = all_tensors(self.example)
         floating = any(t.is_floating_point() for t in tensors)
         drawable = any(t.dtype != torch.bool and not t.is_complex() for t in tensors)
         families: tuple[str, ...] = FAMILIES if floating else ("integer",) if drawable else ()
-        self.batched = bool(families) and _rows(self.example) > 0
+        self.batched = bool(families) and shared_rows(self.example) > 0
         if self.batched:  # whether dimension 0 is the batch is asked of the wide model itself
             self.batched = self.evaluate(families[0], self.draw(families[0], count))
         self.evaluate("example", self.example)
@@ -279,7 +315,7 @@ class _Session:
             raise InputError("probes must be an iterable of batches, such as a list or a DataLoader")
         read = 0
         for read, batch in enumerate(itertools.islice(probes, MAX_BATCHES), 1):  # noqa: B007
-            self.evaluate("user", _as_batch(batch, self.example))
+            self.evaluate("user", as_batch(batch, self.example))
         if not read:
             raise InputError("probes holds no batch: pass at least one, or None for synthetic probes")
         if read == MAX_BATCHES:
@@ -288,10 +324,10 @@ class _Session:
     def forward(self, model: nn.Module, call: Call, dtype: torch.dtype) -> Outputs:
         """One forward pass, from a fixed seed, on copies of the arguments (a model may write into them)."""
         state = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-        args, kwargs = _map(call, lambda t: _cast(t, dtype).to(state.device, copy=True))
+        args, kwargs = map_tensors(call, lambda t: cast(t, dtype).to(state.device, copy=True))
         torch.manual_seed(self.seed)
-        with _InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
-            outputs, unknown = _flatten(model(*args, **kwargs))
+        with InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+            outputs, unknown = flatten(model(*args, **kwargs))
         self.notes |= {f"{name} is not compared: no tensor, number or container": None for name in unknown}
         return outputs
 
@@ -303,17 +339,17 @@ class _Session:
 
     def evaluate(self, probe: str, call: Call) -> bool:
         """Run all copies on one batch of probes; False if the wide model does not take a synthetic one."""
-        call = _map(call, lambda t: _cast(t.detach(), self.dtype))  # both figures from the same numbers
+        call = map_tensors(call, lambda t: cast(t.detach(), self.dtype))  # both figures from the same numbers
         wide64 = self.attempt(self.wide64, call, torch.float64)
         if isinstance(wide64, Exception):
             if probe in ("example", "user"):
                 text = f"the wide model, in float64, does not take the {probe} inputs"
-                raise InputError(f"{text}: {_short(wide64)}") from wide64
-            self.notes[f"probes '{probe}' were skipped: the wide model raises {_short(wide64)}"] = None
+                raise InputError(f"{text}: {short(wide64)}") from wide64
+            self.notes[f"probes '{probe}' were skipped: the wide model raises {short(wide64)}"] = None
             return False
-        self.samples += _rows(call) if self.batched else 1
+        self.samples += shared_rows(call) if self.batched else 1
         self.compare(probe, wide64, self.attempt(self.narrow64, call, torch.float64))
-        if self.own:
+        if self.own and self.is_judged(probe):
             self._evaluate_stored(probe, call, wide64)
         if self.reach and self.touched:
             self._reach(call)
@@ -324,18 +360,21 @@ class _Session:
         narrow = self.attempt(self.narrow, call, self.dtype)
         if isinstance(wide, Exception):
             self.own = False
-            self.notes[f"not measured in {self.dtype}: the wide model raises {_short(wide)}"] = None
+            self.notes[f"not measured in {self.dtype}: the wide model raises {short(wide)}"] = None
         elif isinstance(narrow, Exception):
-            self._refuse("output", probe, f"the narrow model, in {self.dtype}, raises {_short(narrow)}")
+            self._refuse("output", probe, f"the narrow model, in {self.dtype}, raises {short(narrow)}")
         else:
             for name, record in self.records.items():
                 if not record.reason:
                     record.add_stored(wide64[name], wide[name], narrow[name].to(wide[name].device))
 
+    def is_judged(self, probe: str) -> bool:
+        return self.judged is None or probe in self.judged
+
     def compare(self, probe: str, wide: Outputs, narrow: Outputs | Exception) -> None:
         """Add one batch in float64; what cannot be compared gets a reason, hence a difference of inf."""
         if isinstance(narrow, Exception):
-            return self._refuse("output", probe, f"the narrow model raises {_short(narrow)}")
+            return self._refuse("output", probe, f"the narrow model raises {short(narrow)}")
         if not wide or list(wide) != list(narrow):
             names = [", ".join(outputs) or "no tensor" for outputs in (wide, narrow)]
             return self._refuse(
@@ -350,7 +389,7 @@ class _Session:
             record = self.records.setdefault(name, _Record())
             record.shape = tuple(value.shape) if probe == "example" else record.shape
             self.nonfinite += int((~value.isfinite()).sum())
-            record.add(probe, value, other)
+            record.add(probe, value, other, self.is_judged(probe))
         return None
 
     def _refuse(self, name: str, probe: str, reason: str) -> None:
@@ -359,7 +398,7 @@ class _Session:
 
     def draw(self, family: str, rows: int | None) -> Call:
         """Random inputs like the example's: `rows` samples along dimension 0, or None for its own shapes."""
-        return _map(self.example, functools.partial(self._draw, family, rows))
+        return map_tensors(self.example, functools.partial(self._draw, family, rows))
 
     def _draw(self, family: str, rows: int | None, example: Tensor) -> Tensor:
         shape = example.shape if rows is None else (rows, *example.shape[1:])
@@ -387,7 +426,7 @@ class _Session:
         try:
             for step in range(steps):
                 points: list[Tensor] = []
-                call = _map(call, functools.partial(_as_leaf, points))
+                call = map_tensors(call, functools.partial(as_leaf, points))
                 radii = radii or [norm(point.detach()) for point in points]
                 with torch.enable_grad():
                     wide = self.forward(self.wide64, call, torch.float64)
@@ -395,14 +434,14 @@ class _Session:
                     gaps = [wide[name] - narrow[name] for name in wide if wide[name].requires_grad]
                     square = torch.stack([gap[gap.isfinite()].square().sum() for gap in gaps]).sum()
                 self.compare("ascent", wide, narrow)
-                largest = {name: _gap(wide[name], narrow[name])[0] for name in wide}
+                largest = {name: gap_of(wide[name], narrow[name])[0] for name in wide}
                 if all(gap <= AGREE * self.records[name].scale for name, gap in largest.items()):
                     break  # equal up to rounding: nothing to climb
-                for point, radius, slope in zip(points, radii, _gradients(square, points), strict=True):
+                for point, radius, slope in zip(points, radii, gradients(square, points), strict=True):
                     point += 0.3 / math.sqrt(1 + step) * radius * slope / norm(slope).clamp_min(TINY)
                     point *= (radius / norm(point).clamp_min(TINY)).clamp_max(1)
         except Exception as error:
-            self.notes[f"the gradient ascent stopped: {_short(error)}"] = None
+            self.notes[f"the gradient ascent stopped: {short(error)}"] = None
         self.evaluate("ascent", call)
 
     def _reach(self, call: Call) -> None:
@@ -410,14 +449,14 @@ class _Session:
         weights = [p for name, p in self.wide64.named_parameters() if name in self.touched]
         try:
             self.wide64.requires_grad_(True)
-            for start in range(0, _rows(call) if self.batched else 1, REACH_ROWS):
+            for start in range(0, shared_rows(call) if self.batched else 1, REACH_ROWS):
                 rows = slice(start, start + REACH_ROWS) if self.batched else None
-                piece = _map(call, functools.partial(_part, rows))
+                piece = map_tensors(call, functools.partial(rows_of, rows))
                 with torch.enable_grad():
                     outputs = self.forward(self.wide64, piece, torch.float64).values()
                     terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
                     total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
-                slopes = [slope.abs() for slope in _gradients(total, weights)]
+                slopes = [slope.abs() for slope in gradients(total, weights)]
                 floor = NOISE * max(float(slope.max()) for slope in slopes)
                 pairs = list(zip(self.touched.values(), slopes, strict=True))
                 if not any(bool(((slope > floor) & ~touched).any()) for touched, slope in pairs):
@@ -426,7 +465,7 @@ class _Session:
                     touched |= slope > floor
         except Exception as error:
             self.reach = False
-            self.notes[f"the share of weights reached was not measured: {_short(error)}"] = None
+            self.notes[f"the share of weights reached was not measured: {short(error)}"] = None
         finally:
             self.wide64.requires_grad_(False)
 
@@ -442,7 +481,10 @@ class _Session:
         shares = sorted((float(t.double().mean()), name) for name, t in self.touched.items())
         counts = [(int(t.sum()), t.numel()) for t in self.touched.values()]
         reached = sum(some for some, _ in counts) / sum(total for _, total in counts) if counts else 1.0
+        outside = max(self.records.values(), key=lambda record: record.beyond / (record.scale or math.inf))
         return Verification(
+            beyond=outside.beyond / (outside.scale or math.inf),
+            beyond_probe=outside.beyond_probe,
             difference=worst.difference,
             stored_difference=worst.difference if exact else stored if self.own else None,
             rounding=0.0 if exact else rounding if self.own else None,
@@ -458,150 +500,3 @@ class _Session:
             notes=tuple(self.notes),
             synthetic=synthetic,
         )
-
-
-class _InFloat64(TorchFunctionMode):
-    """In here no tensor is born below float64: a model's `x.float()`, `torch.zeros(n)` or `to(torch.float32)`
-    would put float32 rounding into the float64 figure."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def higher(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
-
-        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
-        result = func(*map(higher, args), **{name: higher(value) for name, value in (kwargs or {}).items()})
-        return result.double() if isinstance(result, Tensor) and result.dtype in LOW else result
-
-
-def _gap(wide: Tensor, narrow: Tensor) -> tuple[float, float, int]:
-    """max |wide - narrow| and max |wide| where wide is finite, and how many elements that is.
-
-    A narrow NaN or inf there is a gap of inf, and so is all but the same infinity where wide is infinite;
-    where wide is NaN there is nothing to keep. Of integers: unequal elements, all elements, all elements.
-    """
-    if not wide.is_floating_point():
-        return float((wide != narrow).sum()), float(wide.numel()), wide.numel()
-    finite = wide.isfinite()
-    lost = bool((wide.isinf() & (wide != narrow)).any())
-    wide, narrow = wide[finite].detach().double(), narrow[finite].detach().double()
-    if not wide.numel():
-        return math.inf if lost else 0.0, 0.0, 0
-    gap = float((wide - narrow).abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
-    return math.inf if lost else gap, float(wide.abs().max()), wide.numel()
-
-
-def _gradients(value: Tensor, points: Sequence[Tensor]) -> list[Tensor]:
-    slopes = torch.autograd.grad(value, points, allow_unused=True)
-    return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(points, slopes, strict=True)]
-
-
-def _copied(model: nn.Module, role: str) -> nn.Module:
-    try:
-        return copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:
-        raise InputError(
-            f"the {role} model cannot be copied, and only copies are run: {_short(error)}"
-        ) from error
-
-
-def _widened(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):  # a tensor kept as a plain attribute, not as a buffer
-            if isinstance(value, Tensor):
-                setattr(module, name, _cast(value, torch.float64))
-    model._apply(lambda t: _cast(t, torch.float64))  # type: ignore[no-untyped-call]
-    return model
-
-
-def _dtype(model: nn.Module, example: Call) -> torch.dtype:
-    """The floating dtype of most parameter elements, or without parameters of the example's."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in list(model.parameters()) or _tensors(example):
-        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-    return max((n, str(d), d) for d, n in sizes.items())[2] if any(sizes.values()) else torch.float32
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _as_leaf(points: list[Tensor], tensor: Tensor) -> Tensor:
-    """A float64 leaf of the graph, listed in `points`; integers and masks of -inf stay as they are."""
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        return tensor
-    points.append(tensor.detach().double().clone().requires_grad_())
-    return points[-1]
-
-
-def _part(rows: slice | None, tensor: Tensor) -> Tensor:
-    return tensor if rows is None else tensor[rows]
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
-def _as_batch(batch: Any, example: Call) -> Call:
-    """The model's arguments of one batch of the user's: those that the example has, the rest is dropped."""
-    args, names = example
-    inner: Any = Mapping if names else tuple | list if args and isinstance(args[0], Tensor) else ()
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], inner):
-        batch = batch[0]  # ((arguments), y)
-    if isinstance(batch, Mapping) and names and all(name in batch for name in names):
-        return (), {name: batch[name] for name in names}
-    values = _as_tuple(batch)
-    if names or isinstance(batch, Mapping) or len(values) < len(args):
-        wanted = f"a mapping with {', '.join(names)}" if names else f"{len(args)} positional arguments"
-        raise InputError(f"a batch of the probes is not like the example inputs: it must be {wanted}")
-    return values[: len(args)], {}
-
-
-def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers, `change` applied to every tensor; others are copied, a model may own them."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, tuple | list):
-        parts = [_map(part, change) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    if isinstance(tree, Mapping):
-        return {name: _map(part, change) for name, part in tree.items()}
-    return copy.deepcopy(tree)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _rows(call: Call) -> int:
-    """The size of dimension 0 if all tensors share it, else 0."""
-    sizes = {t.shape[0] if t.dim() else 0 for t in _tensors(call)}
-    return sizes.pop() if len(sizes) == 1 else 0
-
-
-def _flatten(value: Any, name: str = "output") -> tuple[Outputs, list[str]]:
-    """The tensors of a nested structure by path; the paths of what is no tensor, number or container."""
-    if isinstance(value, bool | int | float):
-        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-    if isinstance(value, Tensor) and not value.is_nested:
-        value = value if value.layout == torch.strided else value.to_dense()
-        return {name: torch.view_as_real(value) if value.is_complex() else value}, []
-    if isinstance(value, Mapping):  # so is an output of transformers
-        parts = {f"{name}.{key}": part for key, part in value.items()}
-    elif dataclasses.is_dataclass(value):
-        parts = {f"{name}.{key.name}": getattr(value, key.name) for key in dataclasses.fields(value)}
-    elif isinstance(value, tuple | list | Tensor):
-        parts = {f"{name}[{i}]": part for i, part in enumerate(value)}
-    else:
-        return {}, [] if value is None else [name]
-    pairs = [_flatten(part, path) for path, part in parts.items()]
-    return {k: v for outputs, _ in pairs for k, v in outputs.items()}, [k for _, more in pairs for k in more]
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

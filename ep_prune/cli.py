@@ -1,0 +1,373 @@
+"""The command line: `ep-prune reduce | verify | inspect | demo`.
+
+Exit codes: 0 done, 1 could not be verified, 2 wrong use. An error is one sentence on stderr; --debug adds the
+traceback. Files appear whole or not at all, and none is replaced without --force. A long step shows a bar on a
+terminal and nothing in a pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ep_prune
+from ep_prune.cli_models import example_inputs, load_probes, load_weights_, make_model
+from ep_prune.demo_model import digits_data, load_digits_net
+from ep_prune.embedding import Plan, fingerprint
+from ep_prune.errors import EpPruneError, InputError, VerificationError
+from ep_prune.pipeline import Result, reduce
+from ep_prune.storage import load, save
+from ep_prune.trace import prepare
+from ep_prune.verification import verify
+
+DONE, NOT_VERIFIED, WRONG_USE = 0, 1, 2
+
+_ABOUT = """\
+Find the narrow network inside a trained wide one, and check that it computes the same.
+
+A model is named
+  package.module:factory    called without arguments, or with --model-args '{"num_classes": 10}';
+                            imported as Python does, the current folder first
+  torchvision:resnet18      torchvision's model of that name (weights=None unless --model-args says otherwise)
+  timm:NAME                 timm's, where timm is installed
+and its weights are a safetensors file or a checkpoint that torch.load(weights_only=True) takes.
+"""
+
+_EXAMPLES = """\
+examples:
+  ep-prune demo
+  ep-prune inspect my_net:MyNet --weights trained.pt --input 1,3,32,32
+  ep-prune reduce my_net:MyNet --weights trained.pt --input 1,3,32,32 --out narrow.safetensors --report report.json
+  ep-prune reduce torchvision:resnet18 --weights r18.pth --probes images.npz --tol 1e-3 --out narrow.safetensors
+  ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
+
+exit codes: 0 done, 1 could not be verified, 2 wrong use
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("ep-prune", description=_ABOUT, epilog=_EXAMPLES, formatter_class=raw)
+    top.add_argument("--version", action="version", version=f"ep-prune {ep_prune.__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument(
+        "--seed", type=int, default=0, help="of inputs, probes and initial weights (default: 0)"
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, act: Callable[[argparse.Namespace], int], text: str, more: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=more,
+            formatter_class=raw,
+        )  # fmt: skip
+        added.set_defaults(act=act)
+        return added
+
+    reducing = command(
+        "reduce", _reduce, "write the narrowest equivalent that the algebra finds, verified", _EXAMPLES
+    )
+    inspecting = command("inspect", _inspect, "show what reduce would do, and write nothing", _EXAMPLES)
+    verifying = command(
+        "verify", _verify, "compare a wide model with a narrow file written by reduce", _EXAMPLES
+    )
+    verifying.add_argument("model", metavar="WIDE", help="the wide model, as package.module:factory")
+    verifying.add_argument("narrow", metavar="NARROW", type=Path, help="the file that reduce --out wrote")
+    for added in (reducing, inspecting):
+        added.add_argument(
+            "model", metavar="MODEL", help="package.module:factory, torchvision:NAME or timm:NAME"
+        )
+        added.add_argument(
+            "--protect", action="append", default=[], metavar="LAYER",
+            help="keep all channels of this layer, a name of named_modules(); may be repeated",
+        )  # fmt: skip
+    for added in (reducing, inspecting, verifying):
+        _model_options(added)
+    reducing.add_argument(
+        "--out", type=Path, metavar="FILE", help="the narrow model and its plan (.safetensors)"
+    )
+    reducing.add_argument("--report", type=Path, metavar="FILE", help="the whole report (.json)")
+    reducing.add_argument(
+        "--plot", type=Path, metavar="FILE", help="a picture of the widths (.png, .pdf, .svg)"
+    )
+    reducing.add_argument("--force", action="store_true", help="replace files that exist")
+
+    demo = command(
+        "demo", _demo, "reduce the small trained network in the package and explain what happened", ""
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="FOLDER",
+        help="where files go (default: demo-out)",
+    )
+    return top
+
+
+def _model_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory, a JSON object")
+    added.add_argument(
+        "--weights", type=Path, metavar="FILE",
+        help="safetensors, or a checkpoint of tensors; without it, what the factory returns",
+    )  # fmt: skip
+    added.add_argument(
+        "--input", action="append", default=[], metavar="SHAPE[:TYPE[:BELOW]]",
+        help="an input's shape, as 1,3,32,32 or 1,16:int64:30522 (integers below 30522; default 2); once for each "
+        "input, in order; torchvision's and timm's models default to 1,3,224,224",
+    )  # fmt: skip
+    added.add_argument(
+        "--probes", type=Path, metavar="FILE",
+        help="inputs to measure on: the first floating array of an .npz, .safetensors or .pt file",
+    )  # fmt: skip
+    added.add_argument(
+        "--tol", type=float, default=0.0,
+        help="accepted relative change of any output on the probes, in float64 (default 0: exact, rounding only)",
+    )  # fmt: skip
+    added.add_argument("--double", action="store_true", help="widen the weights to float64 first")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Wrong arguments leave through `SystemExit(2)`, as argparse does."""
+    options = parser().parse_args(argv)
+    try:
+        return int(options.act(options))
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        print("ep-prune: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        if isinstance(error, VerificationError):
+            code = NOT_VERIFIED
+        elif isinstance(error, EpPruneError | OSError):
+            code = WRONG_USE
+        else:
+            print(
+                "ep-prune: unexpected: this is a bug; please report it with what --debug shows",
+                file=sys.stderr,
+            )
+            code = NOT_VERIFIED
+        text = " ".join(str(error).split())
+        known = isinstance(error, EpPruneError)
+        print(f"ep-prune: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
+        return code
+
+
+# ---- commands -----------------------------------------------------------------------------------------
+
+
+def _reduce(options: argparse.Namespace) -> int:
+    targets = [path for path in (options.out, options.report, options.plot) if path is not None]
+    _check_targets(targets, options.force)
+    if options.plot is not None:
+        _check_plot(options.plot)
+    result = _run(options)
+    writers: dict[Path, Callable[[Path], None]] = {}
+    if options.out is not None:
+        writers[options.out] = lambda path: save(result, path)
+    if options.report is not None:
+        writers[options.report] = lambda path: _write_json(result, path)
+    if options.plot is not None:
+        writers[options.plot] = result.report.plot
+    _publish(writers)
+    print(result.report)
+    for path in targets:
+        print(f"wrote {path}")
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    result = _run(options, verify_result=False)
+    print(result.report)
+    print("\nnothing was written: this is what reduce would do")
+    return DONE
+
+
+def _run(options: argparse.Namespace, **more: Any) -> Result:
+    model, inputs, probes = _given(options)
+    return reduce(
+        model, inputs, tol=options.tol, probes=probes, protect=options.protect, seed=options.seed, **more
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if not 0.0 <= options.tol < 1.0:
+        raise InputError(f"--tol {options.tol} is not in [0, 1): it is a relative change of the output")
+    wide, inputs, probes = _given(options)
+    narrow, plan = _narrow(wide, options.narrow)
+    if plan.fingerprint != fingerprint(prepare(wide)[0].state_dict()):
+        print(f"note: {options.narrow} was made from other weights, or another type, than these")
+    checked = verify(wide, narrow, inputs, probes=probes, seed=options.seed, limit=options.tol or None)
+    print(checked)
+    checked.raise_if_different()
+    return DONE
+
+
+def _narrow(wide: nn.Module, path: Path) -> tuple[nn.Module, Plan]:
+    """The model in a narrow file. What is no such file is wrong use; what has been altered is not verified."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the file that ep-prune reduce --out wrote")
+    try:
+        return load(lambda: wide, path), Plan.load(path)
+    except EpPruneError:
+        raise
+    except Exception as error:  # an altered plan fails in as many ways as there are bytes
+        raise VerificationError(
+            f"the plan in {path} cannot be applied ({type(error).__name__}: {error}): the file is damaged or of "
+            "another model, reduce the model again"
+        ) from error
+
+
+def _given(
+    options: argparse.Namespace,
+) -> tuple[nn.Module, tuple[Tensor, ...], list[tuple[Tensor, ...]] | None]:
+    """Model, example inputs and probes, as the options say."""
+    model = make_model(options.model, options.model_args, options.seed).eval()
+    if options.double:
+        model = model.double()
+    if options.weights is not None:
+        load_weights_(model, options.weights)
+    inputs = example_inputs(options.input, options.model, model, options.seed)
+    if options.double:
+        inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
+    return model, inputs, None if options.probes is None else load_probes(options.probes, inputs)
+
+
+# ---- demo ---------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    folder: Path = options.out
+    try:
+        images, classes = digits_data("test")
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the demo draws with matplotlib, which is missing: pip install 'ep-prune[demo]'")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    wide = load_digits_net()
+    result = reduce(wide, images[:2], seed=options.seed)
+    names = ("report.txt", "report.json", "narrow.safetensors", "widths.png")
+    text, numbers, weights, picture = (folder / name for name in names)
+    _publish({weights: lambda path: save(result, path), picture: result.report.plot})
+    narrow = load(load_digits_net, weights)  # what is compared is what stands in the file
+    story, same = _story(result, wide, narrow, images, classes)
+    story += [f"files         {', '.join(str(folder / name) for name in names)}"]
+    table = "\n".join(
+        [str(result.report), "", "What happened, measured just now", *(f"  {line}" for line in story)]
+    )
+    _publish(
+        {
+            text: lambda path: _write(path, table + "\n"),
+            numbers: lambda path: _write_json(result, path),
+        }
+    )
+    print(table)
+    if not same:
+        raise VerificationError(
+            "the narrow network's predictions differ from the wide one's: please report this"
+        )
+    return DONE
+
+
+def _story(
+    result: Result, wide: nn.Module, narrow: nn.Module, images: Tensor, classes: Tensor
+) -> tuple[list[str], bool]:
+    """What the demo did, a line each, and whether every prediction is the same."""
+    report = result.report
+    with torch.no_grad():
+        stored = wide(images), narrow(images)
+        double = wide.double()(images.double()), narrow.double()(images.double())
+    change = float((stored[0] - stored[1]).abs().max())
+    exact = float((double[0] - double[1]).abs().max())
+    largest = float(double[0].abs().max())
+    choices = [scores.argmax(1) for scores in stored]
+    equal = int((choices[0] == choices[1]).sum())
+    right = [int((choice == classes).sum()) for choice in choices]
+    before, after = (sum(count) for count in zip(*((s.before, s.after) for s in report.spaces), strict=True))
+    gone = {kind: sum(space.gone.get(kind, 0) for space in report.spaces) for kind in report.spaces[0].gone}
+    why = ", ".join(f"{count} {kind}" for kind, count in gone.items() if count)
+    count = len(images)
+    lines = [
+        "network       a residual CNN for 8x8 digits, in float32, its weights as training left them",
+        "found         by the algebra of the weights alone: no image was used, nothing was trained or fitted",
+        f"channels      {before} -> {after}, gone: {why or 'none'} (a residual stream counts once)",
+        f"parameters    {report.before.parameters:,} -> {report.after.parameters:,} "
+        f"({report.before.parameters / report.after.parameters:.1f} times fewer)",
+        f"MACs          {report.before.macs:,} -> {report.after.macs:,} an image "
+        f"({report.before.macs / report.after.macs:.1f} times fewer; time was not measured)",
+        f"max |change of logits|  {change:.1e} in float32, {exact:.1e} in float64, on {count} test images "
+        f"(largest |logit|: {largest:.1f})",
+        f"predictions   equal on {equal} of {count}; right: {right[0]} wide, {right[1]} narrow",
+        "why not 0     the narrow weights are rounded to float32, and sums are taken in another order",
+        "not shown     copies: this training asks for null and constant channels, so there are none to merge",
+    ]
+    return lines, equal == count
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+def _check_targets(paths: Sequence[Path], force: bool) -> None:
+    """Refuse, before any work, what could not be written after it."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("two of --out, --report and --plot name one file: give each its own")
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it")
+        if not path.parent.is_dir():
+            raise InputError(f"the folder {path.parent} does not exist: make it first")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists: name another file, or replace it with --force")
+
+
+def _check_plot(path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is missing: pip install 'ep-prune[plot]'")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {path} is no picture's name: end it in .png, .pdf or .svg")
+
+
+def _publish(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write every file beside its place, then move all into place: whole or not at all."""
+    partial = {path: path.with_name(f".{path.stem}.partial{path.suffix}") for path in writers}
+    try:
+        for path, write in writers.items():
+            write(partial[path])
+        for path in writers:
+            os.replace(partial[path], path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_json(result: Result, path: Path) -> None:
+    _write(path, json.dumps(result.report.to_dict(), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
