@@ -1,7 +1,7 @@
 """Run the embedding principle backwards: find what a wide network repeats, merge it, check the output.
 
-    result = ep_prune.reduce(model, example_inputs)      # exact, no data
-    result.model, result.report, result.plan, result.verification
+result = ep_prune.reduce(model, example_inputs)      # exact, no data
+result.model, result.report, result.plan, result.verification
 """
 
 from importlib import metadata

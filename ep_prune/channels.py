@@ -86,7 +86,8 @@ class Rows:
 
     def linear_norm(self) -> Tensor:
         """(n,) Euclidean norm of the coefficients, without the offset."""
-        return self.coef.norm(dim=1)
+        norm: Tensor = torch.linalg.vector_norm(self.coef, dim=1)
+        return norm
 
     def norm(self) -> Tensor:
         return (self.coef.square().sum(1) + self.offset.square()).sqrt()

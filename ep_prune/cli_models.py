@@ -1,11 +1,11 @@
 """What a command line names, made real: a model, its weights, example inputs, probes.
 
-    package.module:factory    called without arguments, or with those of --model-args; found from the current folder
-    torchvision:resnet18      torchvision's model of that name, weights=None unless --model-args says otherwise
-    timm:resnet18             timm's, where timm is installed
+    package.module:factory   called without arguments, or with --model-args; found from the current folder
+    torchvision:resnet18     torchvision's model of that name; weights=None unless --model-args says otherwise
+    timm:resnet18            timm's, where timm is installed
 
-Weights are a safetensors file or a checkpoint that `torch.load(weights_only=True)` takes, so that nothing in a
-file is executed. Everything here that fails does so with an `InputError`: one sentence that says what to do.
+Weights are a safetensors file or a checkpoint that `torch.load(weights_only=True)` takes, so that nothing in
+a file is executed. What fails here does so with an `InputError`: one sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def _from_factory(name: str, module_name: str, attribute: str, options: dict[str
             ) from error
         raise InputError(f"importing {module_name!r} failed: {error}; install {missing!r}") from error
     except Exception as error:
-        raise InputError(
-            f"importing {module_name!r} failed: {type(error).__name__}: {_line(error)}"
-        ) from error
+        raise InputError(f"importing {module_name!r} failed: {type(error).__name__}: {_line(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(
@@ -126,9 +124,7 @@ def _call(name: str, factory: Any, *positional: Any, **options: Any) -> nn.Modul
             "its arguments come from --model-args '{\"name\": value}'"
         ) from error
     if not isinstance(model, nn.Module):
-        raise InputError(
-            f"{name} returned {type(model).__name__}, not an nn.Module: name a factory of models"
-        )
+        raise InputError(f"{name} returned {type(model).__name__}, not an nn.Module: name a factory of models")
     return model
 
 
@@ -150,8 +146,8 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     ]
     if problems:
         raise InputError(
-            f"{path} does not fit this model, tensors: {', '.join(problems)}; name the model that these weights "
-            "are of, with its --model-args"
+            f"{path} does not fit this model, tensors: {', '.join(problems)}; name the model that these "
+            "weights are of, with its --model-args"
         )
     model.load_state_dict(found, strict=False)
 
@@ -163,9 +159,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         if isinstance(content, list | tuple) and content:
             content = content[0]
         elif isinstance(content, Mapping):
-            inner = [
-                content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping | list | tuple)
-            ]
+            inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping | list | tuple)]
             if not inner:
                 break
             content = inner[0]
@@ -248,9 +242,7 @@ def example_inputs(texts: Sequence[str], name: str, model: nn.Module, seed: int)
     """Seeded inputs from `1,3,32,32` or `1,16:int64` or `1,16:int64:30522` (integers below 30522)."""
     library = name.startswith(("torchvision:", "timm:"))
     if not texts and not library:
-        raise InputError(
-            "--input is missing: give the shape of every input of the model, as in --input 1,3,32,32"
-        )
+        raise InputError("--input is missing: give the shape of every input of the model, as in --input 1,3,32,32")
     generator = torch.Generator().manual_seed(seed)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return tuple(_example(text, own, generator) for text in texts or [DEFAULT_SHAPE])
@@ -279,18 +271,14 @@ def _example(text: str, own: torch.dtype, generator: torch.Generator) -> Tensor:
 def load_probes(path: Path, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """Batches of the first floating array in a file, as inputs of a model that takes one."""
     if len(inputs) != 1:
-        raise InputError(
-            "--probes holds one input, and the model takes several: call ep_prune.reduce from Python"
-        )
+        raise InputError("--probes holds one input, and the model takes several: call ep_prune.reduce from Python")
     example = inputs[0]
     found = next((value for value in _arrays(path) if value.is_floating_point()), None)
     if found is None:
         raise InputError(f"--probes {path} holds no floating array: store one of shape {_like(example)}")
     if found.ndim != example.ndim or found.shape[1:] != example.shape[1:] or not len(found):
-        raise InputError(
-            f"--probes {path} has shape {tuple(found.shape)}: store one of shape {_like(example)}"
-        )
-    return [(batch,) for batch in found.to(example.dtype).split(PROBE_BATCH)]
+        raise InputError(f"--probes {path} has shape {tuple(found.shape)}: store one of shape {_like(example)}")
+    return [(batch,) for batch in torch.split(found.to(example.dtype), PROBE_BATCH)]
 
 
 def _arrays(path: Path) -> list[Tensor]:
@@ -305,8 +293,7 @@ def _arrays(path: Path) -> list[Tensor]:
             ) from error
     content = _read(path, "--probes")
     values = content.values() if isinstance(content, Mapping) else content
-    if isinstance(values, Tensor):
-        values = [values]
+    values = values if isinstance(content, Mapping | list | tuple) else [values]
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -82,6 +82,8 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Round:
+    """Edits that apply to one state of the model."""
+
     folds: tuple[Fold, ...] = ()
     cuts: tuple[Cut, ...] = ()
 
@@ -128,9 +130,7 @@ class Plan:
                         "weight": fold.weight,
                         "layout": [fold.layout.groups, fold.layout.inputs_first, len(fold.layout.interior)],
                         "size": [fold.embedding.n, fold.embedding.k],
-                        **{
-                            key: keep(getattr(fold.embedding, key)) for key in ("wide", "narrow", "values", "t")
-                        },
+                        **{key: keep(getattr(fold.embedding, key)) for key in ("wide", "narrow", "values", "t")},
                         "groups": keep(fold.groups),
                         "outputs": keep(fold.outputs),
                         **{key: getattr(fold, key) for key in ("bias", "mean", "new_bias")},
@@ -153,11 +153,12 @@ class Plan:
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
-            parts = {key: tensors[item[key]] for key in ("wide", "narrow", "values", "t")}
+            n, k = item["size"]
+            parts = [tensors[item[key]] for key in ("wide", "narrow", "values", "t")]
             return Fold(
                 item["weight"],
                 Layout(groups, inputs_first, interior=(True,) * taps),
-                ChannelEmbedding(*item["size"], **parts),
+                ChannelEmbedding(n, k, *parts),
                 tensors[item["groups"]],
                 tensors[item["outputs"]],
                 item["bias"],

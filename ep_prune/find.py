@@ -35,10 +35,10 @@ class Freedom(Enum):
 
 
 class Vectors(Protocol):
-    """n vectors, dense or sparse."""
+    """n vectors, dense or sparse; `error` (n,): estimated absolute rounding error of each."""
 
-    error: Tensor
-
+    @property
+    def error(self) -> Tensor: ...
     def norm(self) -> Tensor: ...
     def project(self) -> Tensor: ...
     def inner(self, i: Tensor, j: Tensor) -> Tensor: ...
@@ -54,7 +54,8 @@ class Dense:
     error: Tensor
 
     def norm(self) -> Tensor:
-        return self.values.norm(dim=1)
+        norm: Tensor = torch.linalg.vector_norm(self.values, dim=1)
+        return norm
 
     def project(self) -> Tensor:
         return self.values @ directions(self.keys).squeeze(-1)
@@ -63,7 +64,8 @@ class Dense:
         return (self.values[i] * self.values[j]).sum(1)
 
     def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor:
-        return (self.values[i] - scale.unsqueeze(1) * self.values[j]).norm(dim=1)
+        off: Tensor = torch.linalg.vector_norm(self.values[i] - scale.unsqueeze(1) * self.values[j], dim=1)
+        return off
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ class Classes:
     residual: Tensor
 
 
-def congruence(
-    vectors: Vectors, freedom: Freedom, tolerance: float = 0.0, apart: Tensor | None = None
-) -> Classes:
+def congruence(vectors: Vectors, freedom: Freedom, tolerance: float = 0.0, apart: Tensor | None = None) -> Classes:
     """Classes of equal rows. `apart` (n,): rows with different labels are never equal. Zero rows must have been
     taken out, where the scale is free."""
     norm = vectors.norm()

@@ -139,6 +139,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Contract(Operation):
+    """y_o = sum_i W_oi * x_i + b_o."""
+
     x: Node
     weight: Node
     bias: Node | None
@@ -147,12 +149,16 @@ class Contract(Operation):
 
 @dataclass(frozen=True)
 class Lookup(Operation):
+    """Rows of a table."""
+
     table: Node
     index: Node
 
 
 @dataclass(frozen=True)
 class Normalize(Operation):
+    """(x - mean) / sqrt(variance + eps) * weight + bias along axis 1."""
+
     x: Node
     weight: Node | None
     bias: Node | None
@@ -163,6 +169,8 @@ class Normalize(Operation):
 
 @dataclass(frozen=True)
 class Pointwise(Operation):
+    """f(x), element by element."""
+
     x: Node
     signature: str
     function: Callable[[Tensor], Tensor]
@@ -179,6 +187,8 @@ class Slope(Operation):
 
 @dataclass(frozen=True)
 class Sum(Operation):
+    """x + alpha * y."""
+
     x: Node | float
     y: Node | float
     alpha: float = 1.0
@@ -205,6 +215,8 @@ class Stencil(Operation):
 
 @dataclass(frozen=True)
 class Extreme(Operation):
+    """The maximum over windows or axes of space."""
+
     x: Node
     signature: str
     space: tuple[int, ...]
@@ -212,6 +224,8 @@ class Extreme(Operation):
 
 @dataclass(frozen=True)
 class Pad(Operation):
+    """`value` before and after every axis."""
+
     x: Node
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -239,7 +253,7 @@ class Cat(Operation):
 
 @dataclass(frozen=True)
 class Split(Operation):
-    """Cut along `axis` into `sections`: all of them (a tuple), or the one at `take`, without its axis if `squeeze`."""
+    """Cut along `axis` into `sections`: all (a tuple), or the one at `take`, its axis dropped if `squeeze`."""
 
     x: Node
     axis: int
@@ -265,4 +279,6 @@ class Item(Operation):
 
 @dataclass(frozen=True)
 class Barrier(Operation):
+    """Not covered: inputs stay as they are, outputs are unknown."""
+
     reason: str

@@ -190,9 +190,7 @@ def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | No
     return batches
 
 
-def _start(
-    wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int
-) -> _State:
+def _start(wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int) -> _State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     reference = []
     double = copy.deepcopy(wide).double()
@@ -237,7 +235,9 @@ def _difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]])
             if a.numel() == 0:
                 continue
             change, size = worst.get(place, (0.0, 0.0))
-            new = float((a.double() - b.double()).abs().nan_to_num(0.0 if not a.isfinite().all() else torch.inf).max())
+            new = float(
+                (a.double() - b.double()).abs().nan_to_num(0.0 if not a.isfinite().all() else torch.inf).max()
+            )
             worst[place] = max(change, new), max(size, float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
     return max((change / size if size else change for change, size in worst.values()), default=0.0)
 
@@ -333,7 +333,9 @@ def _roll_back(
     good, bad = _largest_good(changed, lambda free: attempt(free) is not None)
     for space in bad:
         for axis in space.axes:
-            state.frozen[axis] = f"rolled back: {space.name} did not verify when narrowed (a size written in the code)"
+            state.frozen[axis] = (
+                f"rolled back: {space.name} did not verify when narrowed (a size written in the code)"
+            )
     final = attempt(good)
     if final is None:
         raise VerificationError(
@@ -343,7 +345,9 @@ def _roll_back(
     return final
 
 
-def _largest_good(items: Sequence[Space], good: Callable[[Sequence[Space]], bool]) -> tuple[list[Space], list[Space]]:
+def _largest_good(
+    items: Sequence[Space], good: Callable[[Sequence[Space]], bool]
+) -> tuple[list[Space], list[Space]]:
     """Split items into those that can go together and those that spoil it: group testing, O(bad * log n) calls."""
     accepted: list[Space] = []
     refused: list[Space] = []

@@ -65,9 +65,10 @@ def _towards_moments(model: nn.Module, leaves: list[Any], tree: Any) -> list[Any
     def compare(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         rest = [axis for axis in range(x.ndim) if axis != 1]
+        recorded, spread = module.get_buffer("running_mean"), module.get_buffer("running_var")
         variance, mean = torch.var_mean(x, rest)
-        scale = module.running_var + 1e-5
-        losses.append(((mean - module.running_mean).square() / scale).mean())
+        scale = spread + 1e-5
+        losses.append(((mean - recorded).square() / scale).mean())
         losses.append(((variance.clamp_min(0) + 1e-5).sqrt() / scale.sqrt() - 1).square().mean())
 
     norms = [m for m in working.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -90,7 +91,7 @@ def _towards_moments(model: nn.Module, leaves: list[Any], tree: Any) -> list[Any
             if not bool(torch.isfinite(total)):
                 return None
             optimizer.zero_grad()
-            total.backward()
+            total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return [
         value.detach().to(leaf) if isinstance(value, Tensor) else value

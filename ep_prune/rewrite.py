@@ -55,7 +55,8 @@ def apply_round_(model: nn.Module, step: Round) -> None:
     resize_(model, new, {fold.weight: len(fold.groups) for fold in step.folds})
     for path, bias in created:
         module = model.get_submodule(path)
-        module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)  # type: ignore[union-attr]
+        trained = module.get_parameter("weight").requires_grad
+        module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
 
 
 def _folded(fold: Fold, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +68,7 @@ def _folded(fold: Fold, weight: Tensor) -> tuple[Tensor, Tensor]:
     by_input = wide.transpose(1, 2).reshape(groups * inputs, outputs * taps)
     sent = (by_input * fold.embedding.t.unsqueeze(1)).reshape(groups, inputs, outputs, taps).sum((1, 3))
     narrow = fold.embedding.fold(by_input).reshape(len(fold.groups), -1, outputs, taps)
-    picked = narrow.gather(
-        2, fold.outputs[:, None, :, None].expand(-1, narrow.shape[1], -1, taps)
-    ).transpose(1, 2)
+    picked = narrow.gather(2, fold.outputs[:, None, :, None].expand(-1, narrow.shape[1], -1, taps)).transpose(1, 2)
     kernel = tuple(weight.shape[2:])
     return fold.layout.original(picked, kernel).to(weight).contiguous(), sent.reshape(-1)
 
@@ -96,8 +95,10 @@ def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) ->
         if isinstance(old, nn.Parameter):
             replacement = nn.Parameter(value, requires_grad=old.requires_grad)
         for module, key in homes[id(old)]:
-            store = module._parameters if key in module._parameters else module._buffers
-            store[key] = replacement  # type: ignore[index]
+            if isinstance(replacement, nn.Parameter):
+                module._parameters[key] = replacement
+            else:
+                module._buffers[key] = replacement
             touched.add(module)
             if isinstance(module, nn.modules.conv._ConvNd) and name in groups:
                 module.groups = groups[name]

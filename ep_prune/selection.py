@@ -28,8 +28,14 @@ from ep_prune.numbering import Numbering, Port
 from ep_prune.rules import kind_of
 from ep_prune.slots import EqualCounts, Groups
 
-
-STAYED = ("gone", "pinned", "distinct and read", "leads the constants", "kept for equal parts", "last of its layer")
+STAYED = (
+    "gone",
+    "pinned",
+    "distinct and read",
+    "leads the constants",
+    "kept for equal parts",
+    "last of its layer",
+)
 
 
 @dataclass

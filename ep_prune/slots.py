@@ -34,6 +34,8 @@ class Groups:
 
 @dataclass
 class Slots:
+    """All slots of one numbering."""
+
     count: int = 0
     owners: list[tuple[int, str]] = field(default_factory=list)
     """First slot and name of every run of slots that was handed out, in order."""
@@ -56,7 +58,7 @@ class Slots:
 
     def unify(self, a: Tensor, b: Tensor) -> None:
         if a is not b:
-            a, b = torch.broadcast_tensors(a, b)
+            a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
             self._unions.append(torch.stack([a.reshape(-1), b.reshape(-1)]))
 
     def pin(self, slots: Tensor, reason: str) -> None:
@@ -91,7 +93,7 @@ class Slots:
         found: dict[str, list[Tensor]] = {}
         for slots, reason in self._pins:
             found.setdefault(reason, []).append(roots[slots])
-        return {reason: torch.cat(parts).unique() for reason, parts in found.items()}
+        return {reason: torch.unique(torch.cat(parts)) for reason, parts in found.items()}
 
     def owner(self, slot: int) -> str:
         starts = torch.tensor([start for start, _ in self.owners])

@@ -45,7 +45,7 @@ def spaces(chosen: Selection) -> list[Space]:
 
     for key in axes:  # over layers, not over channels
         own = roots[n.slots.bound[key]]
-        touched = sorted({find(int(k)) for k in space[own].unique() if k >= 0})
+        touched = sorted({find(int(k)) for k in torch.unique(space[own]).tolist() if k >= 0})
         if touched:
             head = touched[0]
             for other in touched[1:]:
@@ -117,9 +117,7 @@ def _kinds(chosen: Selection) -> Tensor:
         kept = chosen.kept[demand.roots]
         n = len(kept)
         member = kept & ~demand.constant
-        first = torch.full((n,), n).scatter_reduce_(
-            0, demand.leader[member], torch.arange(n)[member], "amin"
-        )
+        first = torch.full((n,), n).scatter_reduce_(0, demand.leader[member], torch.arange(n)[member], "amin")
         target = first[demand.leader].clamp_max(n - 1)
         ratio = demand.scale / demand.scale[target]
         own = torch.full((n,), KINDS.index("scaled"))

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError, TraceError
@@ -71,7 +73,7 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedTensorMixin):
             raise InputError(f"{name!r} is not initialized: run the model once on an example first")
         if tensor.is_meta:
             raise InputError(f"{name!r} has no data (meta device): load the weights first")
@@ -92,20 +94,20 @@ def _bake(model: nn.Module) -> list[str]:
                 nn.utils.parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"parametrization of {name}.{tensor} baked in")
         for key, hook in list(module._forward_pre_hooks.items()):
-            tensor = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)
+            hooked = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)
             kind = type(hook).__module__
-            if not isinstance(tensor, str):
+            if not isinstance(hooked, str):
                 continue
             if kind == "torch.nn.utils.prune":
-                nn.utils.prune.remove(module, tensor)
+                prune.remove(module, hooked)  # type: ignore[no-untyped-call]
             elif kind == "torch.nn.utils.weight_norm":
-                nn.utils.remove_weight_norm(module, tensor)
+                nn.utils.remove_weight_norm(module, hooked)
             elif kind == "torch.nn.utils.spectral_norm":
-                nn.utils.remove_spectral_norm(module, tensor)
+                nn.utils.remove_spectral_norm(module, hooked)
             else:
                 continue
             module._forward_pre_hooks.pop(key, None)
-            notes.append(f"{kind.rsplit('.', 1)[1]} of {name}.{tensor} baked in")
+            notes.append(f"{kind.rsplit('.', 1)[1]} of {name}.{hooked} baked in")
     return notes
 
 
@@ -153,7 +155,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     """Export `model`, in the mode it is in, to a `Graph`. Raises `TraceError`, `InputError`."""
     example_inputs = with_batch_of_two(model, example_inputs)
     args, kwargs = as_arguments(example_inputs)
-    shapes = torch.export.ShapesCollection()
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     batch = tensors[0].shape[0] if tensors and tensors[0].ndim else None
     for tensor in tensors:
@@ -163,7 +165,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     with _quiet():
         for dynamic in (True, False):
             try:
-                dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if dynamic else None
+                dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if dynamic else None  # type: ignore[no-untyped-call]
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
                 ).run_decompositions({})
@@ -253,11 +255,11 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             converted.append(nodes[fx])
             continue
         is_tensor = isinstance(value, Tensor)
-        tensor = None
+        read: str | None = None
         if fx.op == "placeholder" and fx.name in stored:
-            tensor = first.get(stored[fx.name], stored[fx.name])
-            if tensor not in tensors:
-                tensors[tensor] = program.constants[tensor].detach()
+            read = first.get(stored[fx.name], stored[fx.name])
+            if read not in tensors:
+                tensors[read] = program.constants[read].detach()
         stack = list((fx.meta.get("nn_module_stack") or {}).values())
         node = Node(
             name=fx.name,
@@ -269,7 +271,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             layer=re.sub(r"^L__self__\.?", "", stack[-1][0]) if stack else "",
             source=_source(fx.meta.get("stack_trace")),
             target=fx.target if callable(fx.target) else None,
-            tensor=tensor,
+            tensor=read,
         )
         nodes[fx] = node
         converted.append(node)

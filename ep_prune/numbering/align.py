@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ep_prune.channels import ONE, Channels, Edge, Rows, along, mix, number
+from ep_prune.channels import ONE, Channels, Edge, Rows, mix, number
 from ep_prune.find import Dense, Freedom
 from ep_prune.graph import Node
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
@@ -103,9 +103,7 @@ def _fold(codes: Tensor) -> Tensor:
     return codes.sum(1) & 0x7FFFFFFFFFFFFFFF
 
 
-def _placed(
-    n: Numbering, x: Channels, own: Tensor, seat: Tensor
-) -> tuple[Rows, Tensor, tuple[Edge, ...]]:
+def _placed(n: Numbering, x: Channels, own: Tensor, seat: Tensor) -> tuple[Rows, Tensor, tuple[Edge, ...]]:
     count, width = own.shape
     channel = torch.arange(count).unsqueeze(1).expand(count, width)
     pairs, pair = torch.unique(torch.stack([channel, own], -1).reshape(-1, 2), dim=0, return_inverse=True)

@@ -26,7 +26,7 @@ from ep_prune.slots import Groups
 @transfer.register(Contract)
 def _contract(op: Contract, node: Node, n: Numbering) -> Value:
     layout = op.layout
-    x = on_axis(n, op.x, layout.axis if layout.axis > 1 or layout.groups > 1 else layout.axis)
+    x = on_axis(n, op.x, layout.axis)
     canonical = layout.canonical(n.tensor(op.weight))
     groups, outputs, inputs, taps = canonical.shape
     if groups * inputs != len(x.rows):
@@ -37,7 +37,7 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
     net, noise = _net(weight, classes.leader, classes.scale, constant, x.rows, eps)
     pattern, fuzz = _constants(weight, x.rows, groups, eps)
 
-    slots_in, slots_out = _slots(op, n, x, groups, inputs, outputs)
+    slots_out = _slots(op, n, x, groups, inputs, outputs)
     interior = torch.tensor(layout.interior)
     varies = (pattern[:, :, ~interior] != 0).any(2).reshape(-1)
     offset = torch.where(varies, 0.0, pattern.sum(2).reshape(-1))
@@ -92,7 +92,7 @@ def _net(
 
 def _constants(weight: Tensor, rows: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(G, O/G, taps): what the constants of all inputs send through each tap, and its squared error."""
-    n, outputs, taps = weight.shape
+    _, outputs, taps = weight.shape
     terms = (weight * rows.offset.reshape(-1, 1, 1)).reshape(groups, -1, outputs, taps)
     fuzz = (eps * terms).square().sum(1)
     some = rows.offset != 0
@@ -102,19 +102,17 @@ def _constants(weight: Tensor, rows: Rows, groups: int, eps: float) -> tuple[Ten
     return torch.where(total.abs() <= MARGIN * fuzz.sqrt(), 0.0, total), fuzz
 
 
-def _slots(
-    op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, outputs: int
-) -> tuple[Tensor, Tensor]:
+def _slots(op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, outputs: int) -> Tensor:
+    """The slots of the outputs; those of the inputs are tied to the weight's axis, or by groups."""
     name = str(op.weight.tensor)
     shape = op.weight.shape or ()
     out_axis = 1 if op.layout.inputs_first else 0
     if groups == 1:
-        slots_in = n.slots.of(name, 1 - out_axis, inputs)
-        n.slots.unify(slots_in, x.slots)
-        return slots_in, n.slots.of(name, out_axis, shape[out_axis])
+        n.slots.unify(n.slots.of(name, 1 - out_axis, inputs), x.slots)
+        return n.slots.of(name, out_axis, shape[out_axis])
     slots_out = n.slots.of(name, -1, groups * outputs)
     n.slots.constraints.append(Groups(x.slots.reshape(groups, inputs), slots_out.reshape(groups, outputs)))
-    return x.slots, slots_out
+    return slots_out
 
 
 def _dense(
@@ -204,5 +202,3 @@ def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
     slots = n.slots.of(str(op.table.tensor), 1, len(table))
     labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(len(table)))
     return n.record(Channels(node.shape or (), labels, rows, slots))
-
-

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ep_prune.numbering.align import align, index_along, known_on, on_axis
 from ep_prune.channels import Channels, Edge, Rows, mix, number
 from ep_prune.find import Freedom, Sparse
 from ep_prune.graph import (
@@ -37,6 +36,7 @@ from ep_prune.graph import (
     Stencil,
     Sum,
 )
+from ep_prune.numbering.align import align, index_along, on_axis
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
 
 
@@ -47,6 +47,7 @@ def transfer(op: Operation, node: Node, n: Numbering) -> Value:
 
 
 def identity_edge(x: Channels) -> tuple[Edge, ...]:
+    """Row i comes from row i."""
     rows = torch.arange(len(x.rows))
     return (Edge(x, rows, rows),)
 
@@ -301,9 +302,7 @@ def _extreme(op: Extreme, node: Node, n: Numbering) -> Value:
     error = x.rows.error.clone()
     if len(some):
         signature = f"{op.signature} at {_position_shape(x)}"
-        atoms[some, 0], coef[some, 0], spread = n.intern(
-            signature, Sparse(x.rows[some], False), Freedom.POSITIVE
-        )
+        atoms[some, 0], coef[some, 0], spread = n.intern(signature, Sparse(x.rows[some], False), Freedom.POSITIVE)
         error[some] = (error[some].square() + spread.square()).sqrt()
     rows = Rows(atoms, coef, x.rows.offset, error)
     return n.record(replace(x, shape=node.shape or x.shape, labels=labels, rows=rows, edges=identity_edge(x)))

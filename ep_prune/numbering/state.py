@@ -4,9 +4,9 @@
                     |  Known      a parameter, buffer or what is computed of these alone
                     |  Unknown    one function of the input, nothing known about its channels
 
-`elementwise`, `structure` and `contraction` have the algebra of each kind of operation; here is the state that all share: the interned leaders
-(equal rows get one atom, also across layers), the slots, the *ports* where weights consume channels, the sinks
-that keep channels alive, and liveness (dead-code elimination, back to front).
+`elementwise`, `structure` and `contraction` have the algebra of each kind of operation; here is the state that
+all share: the interned leaders (equal rows get one atom, also across layers), the slots, the *ports* where
+weights consume channels, the sinks that keep channels alive, and liveness (dead-code elimination, back to front).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ep_prune.slots import Slots
 
 @dataclass(frozen=True, eq=False)
 class Unknown:
+    """A function of the input; equal numbers are equal functions."""
+
     number: int
     shape: tuple[int, ...]
     origin: str

@@ -56,9 +56,7 @@ def _split(op: Split, node: Node, n: Numbering) -> Value:
                 shape = shape[: op.axis] + shape[op.axis + 1 :]
                 labels = labels.squeeze(op.axis)
             edges = (Edge(x, torch.arange(len(part)), part),)
-            made = Channels(
-                shape, labels, x.rows[part], x.slots[part], edges, x.mean[part], x.deviation[part]
-            )
+            made = Channels(shape, labels, x.rows[part], x.slots[part], edges, x.mean[part], x.deviation[part])
             results.append(n.record(made))
     elif isinstance(x, Channels):
         labels, places = materialize(x)
@@ -210,9 +208,7 @@ def _pad(op: Pad, node: Node, n: Numbering) -> Value:
         code = number(f"pad {spatial} of {x.shape}")
         rows = x.rows.shifted(torch.tensor(-op.value)).mapped(code, keeps_constants=False)
         shape = tuple(size + sum(extra) for size, extra in zip(x.shape, spatial, strict=True))
-        x = n.record(
-            replace(x, shape=shape, rows=rows.shifted(torch.tensor(op.value)), edges=identity_edge(x))
-        )
+        x = n.record(replace(x, shape=shape, rows=rows.shifted(torch.tensor(op.value)), edges=identity_edge(x)))
     for axis in channel:
         if x.axes() != (axis,):
             raise Refused("padding of one of several channel axes")

@@ -1,7 +1,7 @@
 """Functions of one variable, with what each lets through (the table of identities).
 
-    positively homogeneous   f(s x) = s^k f(x), s > 0       ReLU, leaky ReLU, PReLU, abs (k = 1), square (k = 2)
-    odd about a point        f(c + x) - d odd               tanh, erf, ...: (0, 0); sigmoid, hard sigmoid: (0, 1/2);
+    positively homogeneous   f(s x) = s^k f(x), s > 0      ReLU, leaky ReLU, PReLU, abs (k = 1), square (k = 2)
+    odd about a point        f(c + x) - d odd               tanh, erf, ...: (0, 0); (hard) sigmoid: (0, 1/2);
                                                             ReLU6, hardtanh, clamp: the middle of the ramp, twice
     even                     f(-x) = f(x)                   abs, square, cos, cosh
     none                     equal inputs only              GELU, SiLU, ELU, Mish, softplus, ...

@@ -1,4 +1,7 @@
-"""Compare two networks by running them. Imports torch and the error types alone: it shares no code with the prover."""
+"""Compare two networks by running them.
+
+Imports torch and the error types alone: it shares no code with the prover.
+"""
 
 from ep_prune.verification.compare import OutputDifference, Verification, verify
 

@@ -59,9 +59,7 @@ FLOAT64_LIMIT = 1e-10
 ROUNDINGS = 16  # what is merged was equal up to rounding only: allow a small multiple of the wide model's own
 LOOSEST_LIMIT = 0.1  # above this a default would let another function pass
 AGREE = 1e-13  # a relative difference that is rounding alone in float64
-NOISE = (
-    1e-12  # a gradient this far below the largest one is rounding of an exact zero (a key bias in attention)
-)
+NOISE = 1e-12  # a gradient this far below the largest one is rounding of an exact zero (a key bias in attention)
 TINY = 1e-300  # keeps a division by a norm of 0 from NaN
 
 
@@ -145,14 +143,10 @@ class Verification:
         ]
         if self.beyond_probe:
             lines += [f"  beyond the promise: {self.beyond:.2e} on probes '{self.beyond_probe}'"]
-        lines += [
-            f"  {o.name} {[*o.shape]}  {o.difference:.2e}  {o.reason}".rstrip() for o in self.per_output
-        ]
+        lines += [f"  {o.name} {[*o.shape]}  {o.difference:.2e}  {o.reason}".rstrip() for o in self.per_output]
         if self.reached is not None:
             least = ", ".join(f"{name} ({share:.1%})" for name, share in list(self.unreached.items())[:4])
-            lines += [
-                f"  probes reach {self.reached:.2%} of the weights" + (f", least: {least}" if least else "")
-            ]
+            lines += [f"  probes reach {self.reached:.2%} of the weights" + (f", least: {least}" if least else "")]
         if self.nonfinite:
             lines += [f"  {self.nonfinite} elements not compared: the wide model gives NaN or inf there"]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
@@ -183,19 +177,14 @@ def verify(
     figure may reach limit + 16 * max(rounding, eps): by the triangle inequality it is at most the float64
     figure and the rounding of both models, and the narrow one may round some times worse.
 
-    `judged`: the probe families that the limit is a promise about (None: all); what the others show is reported
-    as `beyond`, not judged.
+    `judged`: the probe families that the limit is a promise about (None: all); what the others show is
+    reported as `beyond`, not judged.
 
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
     `probes`, `probes` is empty, or an option is out of range. A narrow model that raises, or whose outputs
     have another structure or shape, is a difference of inf with its reason, not an exception.
     """
-    if (
-        count < 1
-        or ascent_steps < 0
-        or ascent_starts < 0
-        or (limit is not None and not 0 <= limit < math.inf)
-    ):
+    if count < 1 or ascent_steps < 0 or ascent_starts < 0 or (limit is not None and not 0 <= limit < math.inf):
         raise InputError("count must be at least 1, and ascent_steps, ascent_starts and limit at least 0")
     example = ((), dict(inputs)) if isinstance(inputs, Mapping) else (as_tuple(inputs), {})
     cuda = {t.device for m in (wide, narrow) for t in [*m.parameters(), *m.buffers()] if t.is_cuda}
@@ -258,9 +247,7 @@ class _Record:
         scales = (self.scale or math.inf, self.stored_scale or math.inf)
         gaps = (math.inf, math.inf) if self.reason else (self.gap / scales[0], self.stored_gap / scales[1])
         stored, rounding = (gaps[1], self.rounding_gap / scales[0]) if own else (None, None)
-        return OutputDifference(
-            name, self.shape, gaps[0], stored, rounding, self.scale, self.probe, self.reason
-        )
+        return OutputDifference(name, self.shape, gaps[0], stored, rounding, self.scale, self.probe, self.reason)
 
 
 class _Session:
@@ -286,9 +273,7 @@ class _Session:
         self.samples = self.nonfinite = 0
         self.reach, self.batched, self.judged = reach, False, judged
         weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point()}
-        self.touched = {
-            name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()
-        }
+        self.touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()}
 
     def run(self, probes: Iterable[Any] | None, count: int, steps: int, starts: int) -> None:
         tensors = all_tensors(self.example)
@@ -377,9 +362,7 @@ class _Session:
             return self._refuse("output", probe, f"the narrow model raises {short(narrow)}")
         if not wide or list(wide) != list(narrow):
             names = [", ".join(outputs) or "no tensor" for outputs in (wide, narrow)]
-            return self._refuse(
-                "output", probe, f"the wide model returns {names[0]}, the narrow one {names[1]}"
-            )
+            return self._refuse("output", probe, f"the wide model returns {names[0]}, the narrow one {names[1]}")
         for name, value in wide.items():
             other = narrow[name].to(value.device)
             if other.shape != value.shape or other.is_floating_point() != value.is_floating_point():

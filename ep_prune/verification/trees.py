@@ -51,20 +51,21 @@ def gap_of(wide: Tensor, narrow: Tensor) -> tuple[float, float, int]:
 
 
 def gradients(value: Tensor, points: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of `value` at each point, 0 where it does not depend on one."""
     slopes = torch.autograd.grad(value, points, allow_unused=True)
     return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(points, slopes, strict=True)]
 
 
 def copied(model: nn.Module, role: str) -> nn.Module:
+    """A private copy in eval mode, without gradients."""
     try:
         return copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
-        raise InputError(
-            f"the {role} model cannot be copied, and only copies are run: {short(error)}"
-        ) from error
+        raise InputError(f"the {role} model cannot be copied, and only copies are run: {short(error)}") from error
 
 
 def widened(model: nn.Module) -> nn.Module:
+    """A copy in float64, tensors kept as plain attributes included."""
     model = copy.deepcopy(model)
     for module in model.modules():
         for name, value in list(vars(module).items()):  # a tensor kept as a plain attribute, not as a buffer
@@ -83,6 +84,7 @@ def main_dtype(model: nn.Module, example: Call) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating and complex tensors in the precision of `dtype`; others as they are."""
     if tensor.is_complex():
         return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -97,10 +99,12 @@ def as_leaf(points: list[Tensor], tensor: Tensor) -> Tensor:
 
 
 def rows_of(rows: slice | None, tensor: Tensor) -> Tensor:
+    """Some samples of a batch, or all."""
     return tensor if rows is None else tensor[rows]
 
 
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    """Positional arguments as a tuple."""
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
@@ -132,6 +136,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def all_tensors(tree: Any) -> list[Tensor]:
+    """Every tensor of a tree, in order."""
     if isinstance(tree, Tensor):
         return [tree]
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
@@ -164,4 +169,5 @@ def flatten(value: Any, name: str = "output") -> tuple[Outputs, list[str]]:
 
 
 def short(error: Exception) -> str:
+    """An error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
