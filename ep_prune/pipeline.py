@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ep_prune.cost import cost
 from ep_prune.embedding import Plan, Round, fingerprint
-from ep_prune.errors import EpPruneError, InputError, VerificationError
+from ep_prune.errors import EpPruneError, InputError, PlanError, VerificationError
 from ep_prune.graph import Graph
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.probes import synthetic_probes
@@ -160,8 +160,6 @@ def apply_plan(plan: Plan, model: nn.Module, *, recheck: bool = False) -> nn.Mod
 
     Raises `PlanError` where the weights differ (or, with `recheck`, does not compare them).
     """
-    from ep_prune.errors import PlanError
-
     wide, _ = prepare(model)
     if not recheck and fingerprint(wide.state_dict()) != plan.fingerprint:
         raise PlanError("these are not the weights that the plan was made for: reduce this model anew")

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
-from ep_prune.find import MARGIN, Freedom, Sparse, congruence
-from ep_prune.graph import Node, Normalize
-from ep_prune.numbering import Numbering, Port
-from ep_prune.rules import kind_of
+from ep_prune.find import MARGIN
+from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Groups
 
 STAYED = (
@@ -35,43 +34,8 @@ STAYED = (
     "leads the constants",
     "kept for equal parts",
     "last of its layer",
+    "near a copy, but its outgoing weights tell them apart",
 )
-
-
-@dataclass
-class Demand:
-    """What one weight needs of its input channels, over all its uses."""
-
-    ports: list[Port]
-    roots: Tensor
-    """(n,) slot of every input position."""
-    leader: Tensor
-    scale: Tensor
-    constant: Tensor
-    live: Tensor
-    """(n,) at leaders: the class is read."""
-    net_zero: Tensor
-    """(n,) at leaders: its weights are zero or cancel, exactly."""
-    offset: Tensor
-    live_out: Tensor
-    """(G, O/G)"""
-    eps: float
-    """Rounding unit of the type in which the weight is stored."""
-    foldable: bool
-    """Copies may be merged into their leaders (not where the weight has another use)."""
-    bias: str | None = None
-    mean: str | None = None
-    new_bias: str | None = None
-    rigid: bool = False
-    """Offsets count as part of the direction: no constant can be folded or led here."""
-
-    @property
-    def port(self) -> Port:
-        return self.ports[0]
-
-    @property
-    def takes_constants(self) -> bool:
-        return self.bias is not None or self.mean is not None or self.new_bias is not None
 
 
 @dataclass
@@ -103,138 +67,30 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
     pinned = n.slots.pinned(roots)
     if frozen is not None:
         pinned[roots[frozen]] = True
-    live = n.liveness()
-    demands = _demands(n, roots, live)
-    chosen = Selection(n, roots, pinned, pinned.clone(), demands, why=pinned.long())
+    needs = demands(n, roots)
+    chosen = Selection(n, roots, pinned, pinned.clone(), needs, why=pinned.long())
     while True:
-        for demand in demands.values():
+        before = int(chosen.kept.sum())
+        for demand in needs.values():
+            demand.refresh(chosen.kept)
             _hit_classes(chosen, demand)
         _close(chosen)
-        before = int(chosen.kept.sum())
-        settled = [_embed(chosen, name, demand) for name, demand in demands.items()]
+        if int(chosen.kept.sum()) > before:
+            continue
+        settled = [_embed(chosen, name, demand) for name, demand in needs.items()]
         if all(settled) and int(chosen.kept.sum()) == before:
             return chosen
 
 
-def _demands(n: Numbering, roots: Tensor, live: dict[int, Tensor]) -> dict[str, Demand]:
-    users = n.graph.users()
-    by_weight: dict[str, list[Port]] = {}
-    for port in n.ports:
-        by_weight.setdefault(port.name, []).append(port)
-    ports_of_node = {port.node for port in n.ports}
-    demands = {}
-    for name, ports in by_weight.items():
-        port = ports[0]
-        nodes = {p.node for p in ports}
-        readers = {node for node in users[port.op.weight]}
-        same_layout = len({(p.op.layout.groups, p.op.layout.inputs_first) for p in ports}) == 1
-        foldable = same_layout and readers <= nodes and name not in n.pinned_tensors
-        demand = Demand(
-            ports,
-            roots[port.x.slots],
-            port.classes.leader,
-            port.classes.scale,
-            port.constant,
-            torch.stack([p.live_classes(live[id(p.out)], n.tolerance) for p in ports]).any(0),
-            torch.stack([_net_zero(p, live[id(p.out)]) for p in ports]).all(0),
-            port.x.rows.offset,
-            torch.stack([live[id(p.out)] for p in ports]).any(0).reshape(port.groups, -1),
-            n.eps(port.op.weight),
-            foldable,
-        )
-        if len(ports) > 1:
-            _join_sites(demand)
-        if not foldable:
-            demand.leader = torch.arange(len(demand.roots))
-            demand.scale = torch.ones_like(demand.scale)
-            reads = (port.weight != 0).any(2) & _expand(demand.live_out, port)
-            demand.live = reads.any(1) & ~demand.constant
-            demand.net_zero = ~demand.live
-        _find_room_for_constants(n, demand, users, ports_of_node)
-        demands[name] = demand
-    return demands
-
-
-def _expand(live_out: Tensor, port: Port) -> Tensor:
-    """(G, O/G) -> (n, O/G)."""
-    groups, outputs = live_out.shape
-    inputs = len(port.weight) // groups
-    return live_out.unsqueeze(1).expand(groups, inputs, outputs).reshape(-1, outputs)
-
-
-def _net_zero(port: Port, live_out: Tensor) -> Tensor:
-    live = _expand(live_out.reshape(port.groups, -1), port)
-    return ~((port.net != 0).any(2) & live).any(1)
-
-
-def _join_sites(demand: Demand) -> None:
-    """A weight with several uses: channels are equal only if they are so, with one ratio, at every use."""
-    ports = demand.ports
-    leaders = torch.stack([torch.where(p.constant, -1, p.classes.leader) for p in ports], 1)
-    _, inverse = torch.unique(leaders, dim=0, return_inverse=True)
-    n = len(inverse)
-    first = torch.full((n,), n).scatter_reduce_(0, inverse, torch.arange(n), "amin")
-    leader = first[inverse]
-    scales = torch.stack([p.classes.scale for p in ports], 1)
-    ratio = scales / scales[leader]
-    varies = torch.stack([~p.constant for p in ports], 1)
-    reference = torch.where(varies, ratio, torch.nan).nanmean(1).nan_to_num(1.0)
-    offsets = torch.stack([p.x.rows.offset for p in ports], 1)
-    rest = offsets - reference.unsqueeze(1) * offsets[leader]
-    constant = ~varies.any(1)
-    rest = torch.where(constant.unsqueeze(1), offsets, rest)
-    agree = torch.where(varies, (ratio - reference.unsqueeze(1)).abs(), 0.0).amax(1) <= 1e-12 * reference.abs()
-    agree &= (rest - rest[:, :1]).abs().amax(1) <= 1e-12 * (1 + offsets.abs().amax(1))
-    alone = ~agree
-    demand.leader = torch.where(alone, torch.arange(n), leader)
-    # A member whose leader turned out to stand alone still belongs to that leader's class: ratios are to it.
-    demand.scale = torch.where(alone | constant, 1.0, reference)
-    demand.constant = constant & agree
-    live = torch.zeros(n, dtype=torch.bool)
-    net_zero = torch.ones(n, dtype=torch.bool)
-    for port in ports:
-        read = (port.weight != 0).any(2) & _expand(demand.live_out, port)
-        own = read.any(1) & ~demand.constant
-        live[demand.leader[own]] = True
-        net_zero[demand.leader[own]] = False
-    demand.live, demand.net_zero = live, net_zero
-
-
-def _find_room_for_constants(
-    n: Numbering, demand: Demand, users: dict[Node, list[Node]], port_nodes: set[Node]
-) -> None:
-    """Where W t can go: the layer's own bias, the mean of the batch norm that follows, or a new bias."""
-    nodes = {port.node for port in demand.ports}
-    bias = demand.port.op.bias
-    if bias is not None:
-        alone = set(users[bias]) <= nodes and str(bias.tensor) not in n.pinned_tensors
-        shared = any(port.op.bias is not bias for port in demand.ports)
-        demand.bias = bias.tensor if alone and not shared else None
-        return
-    if not demand.foldable or any(port.op.bias is not None for port in demand.ports):
-        return
-    readers = users[demand.port.node]
-    if len(nodes) == 1 and len(readers) == 1:
-        kind = kind_of(readers[0], n.graph)
-        if isinstance(kind, Normalize) and len(users[kind.mean]) == 1 and demand.port.op.layout.axis == 1:
-            demand.mean = kind.mean.tensor
-            return
-    path = demand.port.name.rpartition(".")[0]
-    if demand.port.name.endswith(".weight") and path in n.graph.bias_free:
-        names = n.graph.aliases.get(demand.port.name, ())
-        demand.new_bias = path if len(names) == 1 else None
-
-
 def _hit_classes(chosen: Selection, demand: Demand) -> None:
-    """Keep the earliest member of every live class that has no kept member yet."""
+    """Keep a member of every live class that has no kept member yet: the preferred one, else the earliest."""
     n = len(demand.roots)
     some = ~demand.constant
     kept = chosen.kept[demand.roots] & some
     hit = torch.zeros(n, dtype=torch.bool)
     hit[demand.leader[kept]] = True
-    missing = demand.live & ~hit
-    first = torch.full((n,), n).scatter_reduce_(0, demand.leader[some], torch.arange(n)[some], "amin")
-    chosen.keep(demand.roots[first[missing & (first < n)]], "distinct and read")
+    missing = demand.live & ~hit & some
+    chosen.keep(demand.roots[demand.prefer[missing]], "distinct and read")
 
 
 def _close(chosen: Selection) -> None:
@@ -287,10 +143,16 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
     varies = ~demand.constant
     candidate = kept & varies
     first = torch.full((n,), n).scatter_reduce_(0, demand.leader[candidate], here[candidate], "amin")
+    first = torch.where(candidate[demand.prefer] & (demand.leader == here), demand.prefer, first)
     stand_in = first[demand.leader]  # the kept member that represents the class, or n
     members = torch.zeros(n).index_add_(0, demand.leader[varies], torch.ones(int(varies.sum())))
     cancelled = varies & demand.net_zero[demand.leader] & (members[demand.leader] > 1) & demand.foldable
     merged = varies & ~kept & (stand_in < n) & ~cancelled
+    told_apart = (merged | cancelled) & (demand.leader != here) & demand.amplified()
+    if bool(told_apart.any()):
+        demand.tell_apart(told_apart)
+        chosen.keep(demand.roots[told_apart], "near a copy, but its outgoing weights tell them apart")
+        return False
     target = torch.where(merged, stand_in, here).clamp_max(n - 1)
     ratio = torch.where(merged, demand.scale / demand.scale[target], 1.0)
     t = torch.where(kept & ~cancelled, 0.0, demand.offset)
@@ -303,7 +165,7 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
     narrow = torch.cat([narrow, target[merged]])
     values = torch.cat([values, ratio[merged]])
 
-    if bool((t != 0).any()) and not _can_fold(demand, t):
+    if bool((t != 0).any()) and not demand.can_fold(t):
         led = _lead_constants(chosen, demand, t, kept)
         if led is None:
             return False
@@ -313,21 +175,6 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
         values = torch.cat([values, lead_values])
     number = kept.long().cumsum(0) - 1
     chosen.embeddings[name] = ChannelEmbedding(n, int(kept.sum()), wide, number[narrow], values, t)
-    return True
-
-
-def _can_fold(demand: Demand, t: Tensor) -> bool:
-    """Whether what the constants send to live outputs is a constant, and has a bias to go to."""
-    for port in demand.ports:
-        groups, outputs = demand.live_out.shape
-        terms = (port.weight * t.reshape(-1, 1, 1)).reshape(groups, -1, outputs, port.weight.shape[2])
-        sent, size = terms.sum(1), terms.square().sum(1).sqrt()
-        error = demand.port.x.rows.error.reshape(groups, -1, 1, 1)
-        noise = (port.weight.reshape(terms.shape) * error).square().sum(1).sqrt()
-        nonzero = (sent.abs() > MARGIN * (demand.eps * size + noise)) & demand.live_out.unsqueeze(2)
-        edge = ~torch.tensor(port.op.layout.interior)
-        if bool(nonzero[:, :, edge].any()) or (bool(nonzero.any()) and not demand.takes_constants):
-            return False
     return True
 
 
@@ -350,7 +197,8 @@ def _lead_constants(
     available = torch.zeros(groups, dtype=torch.bool)
     available[group[usable]] = True
     if bool((needy & ~available).any()):
-        _make_rigid(chosen, demand)
+        demand.make_rigid()
+        demand.refresh(chosen.kept, force=True)
         return None
     # The largest constant leads, a kept one if there is any.
     weight = torch.where(usable, demand.offset.abs() * (1 + 1e100 * kept.double()), -1.0)
@@ -367,34 +215,6 @@ def _lead_constants(
     return wide, head, t[wide] / demand.offset[head], torch.zeros_like(t)
 
 
-def _make_rigid(chosen: Selection, demand: Demand) -> None:
-    """Classes anew, with the offset as part of the direction; every constant but 0 becomes a class."""
-    port = demand.port
-    rows = port.x.rows
-    n = len(rows)
-    if demand.rigid or len(demand.ports) > 1 or not demand.foldable:
-        # No merging at all: whatever is not zero stays.
-        demand.leader, demand.scale = torch.arange(n), torch.ones(n, dtype=torch.float64)
-    else:
-        zero = rows.norm() == 0
-        some = (~zero).nonzero().squeeze(1)
-        group = some * port.groups // n if port.groups > 1 else None
-        found = congruence(Sparse(rows[some], True), Freedom.SCALE, chosen.numbering.tolerance, group)
-        demand.leader, demand.scale = torch.arange(n), torch.ones(n, dtype=torch.float64)
-        demand.leader[some], demand.scale[some] = some[found.leader], found.scale
-    present = torch.stack([p.x.rows.norm() for p in demand.ports]).amax(0) != 0
-    demand.constant = ~present
-    demand.offset = torch.zeros(n, dtype=torch.float64)
-    live = _expand(demand.live_out, port)
-    net = torch.zeros_like(port.weight)
-    net.index_add_(0, demand.leader, port.weight * demand.scale.reshape(-1, 1, 1))
-    size = torch.zeros_like(port.weight)
-    size.index_add_(0, demand.leader, (port.weight * demand.scale.reshape(-1, 1, 1)).abs())
-    demand.live = ((net.abs() > MARGIN * demand.eps * size).any(2) & live).any(1) & present
-    demand.net_zero = ~demand.live
-    demand.rigid = True
-
-
 def to_round(chosen: Selection) -> Round:
     """The edits that a selection makes; what stays as it is has no edit."""
     n = chosen.numbering
@@ -402,9 +222,7 @@ def to_round(chosen: Selection) -> Round:
     folded_axes: set[tuple[str, int]] = set()
     for name, demand in chosen.demands.items():
         layout, embedding = demand.port.op.layout, chosen.embeddings[name]
-        out_axis = 1 if layout.inputs_first else 0
-        out_slots = n.slots.bound[(name, -1 if layout.groups > 1 else out_axis)]
-        kept_out = chosen.is_kept(out_slots).reshape(layout.groups, -1)
+        kept_out = chosen.kept[demand.out_roots]
         kept_in = chosen.kept[demand.roots].reshape(layout.groups, -1)
         folded_axes |= {(name, 0), (name, 1), (name, -1)}
         groups = kept_in.any(1).nonzero().squeeze(1)

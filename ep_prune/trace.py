@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
@@ -26,6 +27,9 @@ from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
 
 _TORCH = str(Path(torch.__file__).parent)
+
+_COMPOSED = get_decompositions([torch.ops.aten.glu, torch.ops.aten.addcmul, torch.ops.aten.addcdiv])
+"""Operators that are taken apart into others, which have rules."""
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -168,7 +172,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                 dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if dynamic else None  # type: ignore[no-untyped-call]
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-                ).run_decompositions({})
+                ).run_decompositions(dict(_COMPOSED))
                 return _convert(program, model)
             except Exception as error:
                 failure = failure or error

@@ -33,7 +33,7 @@ from ep_prune.rewrite import resize_
 from ep_prune.rules import kind_of
 from ep_prune.slots import EqualCounts, Groups
 from ep_prune.trace import prepare, run, trace
-from ep_prune.widen_rules import Pull, Stuck, Widening
+from ep_prune.widen_rules import Pull, Stuck, Widening, walk
 
 KINDS = ("splitting", "null", "compatible")
 
@@ -78,7 +78,7 @@ def embed(
         pulls = [_pull(space, chosen[space.name], kind, generator) for space in open_spaces]
         work = Widening(n, kinds, pulls, frozenset(calm), kind == "compatible", generator)
         try:
-            new, groups = work.run()
+            new, groups = walk(work)
             break
         except Stuck as stuck:
             assert stuck.spaces, "an attempt fails over some space"
@@ -122,7 +122,7 @@ def _spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace]:
     code = torch.zeros(n.slots.count, dtype=torch.int64)
     draw = torch.Generator().manual_seed(0)
     for (name, _), slots in n.slots.bound.items():
-        own = roots[slots].unique()
+        own = torch.unique(roots[slots])
         code[own] += torch.randint(2**62, (1,), generator=draw)  # a hash of the set of axes
         if name not in plain:
             fixed[own] = True
@@ -142,8 +142,8 @@ def _spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace]:
         axis = -1 if op.layout.groups > 1 else int(op.layout.inputs_first)
         if (name, axis) not in n.slots.bound:
             continue
-        own = roots[n.slots.bound[(name, axis)]].unique()
-        for key in code[own].unique().tolist():
+        own = torch.unique(roots[n.slots.bound[(name, axis)]])
+        for key in torch.unique(code[own]).tolist():
             members = own[code[own] == key]
             if key in taken or bool(fixed[members].any()):
                 continue

@@ -6,6 +6,8 @@ distributions, so no two channels coincide except by design; pre-activations cro
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +100,7 @@ class Branches(nn.Module):
 def _mlp(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     sizes = [draw.integer(3, 5), *(draw.width() for _ in range(draw.integer(2, 3)))]
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), act()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], draw.integer(2, 4))), torch.empty(8, sizes[0])
 
@@ -106,7 +108,7 @@ def _mlp(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
 def _cnn(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     channels = [3, *(draw.width() for _ in range(3))]
     layers: list[nn.Module] = []
-    for k, (before, after) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+    for k, (before, after) in enumerate(itertools.pairwise(channels)):
         norm = draw.coin()
         layers.append(nn.Conv2d(before, after, 3, padding=1, bias=not norm or draw.coin()))
         layers += [nn.BatchNorm2d(after)] * norm + [act()]

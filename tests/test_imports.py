@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ep_prune"
-LINES = 400
+LINES = 450
 
 # From the ground up. A layer is a module or a package of `ep_prune`, by its first name.
 LAYERS = (
@@ -26,6 +26,7 @@ LAYERS = (
     "embedding",
     "selection",
     "rewrite",
+    "widen_rules",
     "widen",
     "spaces",
     "verification",

@@ -4,9 +4,9 @@
            = sum_g sum_tap N[o, g, tap] a_g(p + tap) + sum_tap P[o, tap] 1(p + tap is inside) + b_o
 
 N, the *net* weights, add up what the members of a class of equal directions send: copies whose weights cancel
-are gone from it. P is what the constants send; where it is zero on all taps that can fall on zero padding it
-is a constant, else a pattern that belongs to the row. Rows (N, pattern) that are zero are constants, rows that
-are collinear are one new atom.
+are gone from it. P is what the constants send: through interior taps, which never fall on zero padding, a
+constant; through the others a pattern, which belongs to the row. Rows (N, pattern) that are zero are constants,
+rows that are collinear are one new atom.
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
 
     slots_out = _slots(op, n, x, groups, inputs, outputs)
     interior = torch.tensor(layout.interior)
-    varies = (pattern[:, :, ~interior] != 0).any(2).reshape(-1)
-    offset = torch.where(varies, 0.0, pattern.sum(2).reshape(-1))
+    offset = pattern[:, :, interior].sum(2).reshape(-1)
     error = fuzz.sum(2).sqrt().reshape(-1)
     if op.bias is not None:
         bias = n.tensor(op.bias)
         n.slots.unify(n.slots.of(str(op.bias.tensor), 0, len(bias)), slots_out)
         offset = offset + bias
         error = (error.square() + (n.eps(op.bias) * bias).square()).sqrt()
-    pattern_rows = torch.where(varies.reshape(groups, outputs, 1), pattern, 0.0)
+    pattern_rows = torch.where(interior, 0.0, pattern)
 
     signature = f"{layout.signature} at {_position_shape(x)}"
     leaders = (classes.leader == torch.arange(len(x.rows))) & ~constant
     if groups == 1:
-        vectors: Dense | Sparse = _dense(net, noise, leaders, x.rows, pattern_rows[0], fuzz[0], eps)
+        vectors: Dense | Sparse = _dense(net, noise, leaders, x.rows, pattern_rows[0], fuzz[0])
     else:
         vectors = _sparse(net, noise, leaders, x.rows, pattern_rows, fuzz, groups)
     rows = _new_rows(n, signature, vectors, offset, error)
@@ -71,23 +70,29 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
 def _net(
     weight: Tensor, leader: Tensor, scale: Tensor, constant: Tensor, rows: Rows, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(n, O/G, taps): weights summed over classes at their leaders, and the squared error of each sum.
+    """(n, O/G, taps): weights summed over classes at their leaders, and (n, O/G) each sum's squared error.
 
     What a class of several members sends is zero where it is not above the rounding of its terms.
     """
-    factor = torch.where(constant, 0.0, scale)
-    if bool((leader == torch.arange(len(leader))).all()) and bool((factor == 1).all()):
-        return weight, (eps * weight).square()
-    terms = weight * factor.reshape(-1, 1, 1)
-    net = torch.zeros_like(weight).index_add_(0, leader, terms)
-    norm = rows.linear_norm()[leader].clamp_min(1e-300)
-    wrong = (rows.error + scale.abs() * rows.error[leader]) / norm
-    wrong = torch.where(leader == torch.arange(len(leader)), 0.0, wrong)
-    each = (eps * terms).square() + (weight * wrong.reshape(-1, 1, 1)).square()
-    noise = torch.zeros_like(weight).index_add_(0, leader, each)
-    members = torch.zeros(len(leader)).index_add_(0, leader, (~constant).float())
-    cancelled = (members > 1).reshape(-1, 1, 1) & (net.abs() <= MARGIN * noise.sqrt())
-    return torch.where(cancelled, 0.0, net), noise
+    if bool((leader == torch.arange(len(leader))).all()) and not bool(constant.any()):
+        return weight, (eps * weight).square().sum(2)
+    net = weight.clone()
+    followers = ((leader != torch.arange(len(leader))) & ~constant).nonzero().squeeze(1)
+    net[constant] = 0.0
+    net[followers] = 0.0
+    several, place = torch.unique(leader[followers], return_inverse=True)
+    if len(several):
+        terms = weight[followers] * scale[followers].reshape(-1, 1, 1)
+        wrong = rows.error[followers] + scale[followers].abs() * rows.error[leader[followers]]
+        wrong = wrong / rows.linear_norm()[leader[followers]].clamp_min(1e-300)
+        each = (eps * terms).square() + (weight[followers] * wrong.reshape(-1, 1, 1)).square()
+        noise = (eps * weight[several]).square().index_add_(0, place, each)
+        total = net[several].index_add_(0, place, terms)
+        net[several] = torch.where(total.abs() <= MARGIN * noise.sqrt(), 0.0, total)
+    square = (eps * net).square().sum(2)
+    if len(several):
+        square[several] = noise.sum(2)
+    return net, square
 
 
 def _constants(weight: Tensor, rows: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -115,9 +120,7 @@ def _slots(op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, ou
     return slots_out
 
 
-def _dense(
-    net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Tensor, fuzz: Tensor, eps: float
-) -> Dense:
+def _dense(net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Tensor, fuzz: Tensor) -> Dense:
     """(O, atoms * taps) matrix of an ungrouped weight over the atoms of its input."""
     keep = leaders.nonzero().squeeze(1)
     net, noise, rows = net[keep], noise[keep], rows[keep]
@@ -132,7 +135,7 @@ def _dense(
         values = torch.zeros(len(atoms), outputs, taps, dtype=torch.float64)
         for entry in range(rows.atoms.shape[1]):  # over branches of a stream, not over channels
             values.index_add_(0, place[:, entry], net * rows.coef[:, entry, None, None])
-    square = (noise * rows.coef.square().sum(1)[:, None, None]).sum((0, 2))
+    square = (noise * rows.coef.square().sum(1)[:, None]).sum(0)
     keys = mix(atoms.unsqueeze(1), torch.arange(taps)).reshape(-1)
     matrix = values.transpose(0, 1).reshape(outputs, -1)
     if bool((pattern != 0).any()):
@@ -161,7 +164,7 @@ def _sparse(
         ones = mix(ONE, torch.arange(taps)).expand(groups * outputs, taps)
         atoms = torch.cat([atoms, ones], 1)
         coef = torch.cat([coef, pattern.reshape(groups * outputs, taps)], 1)
-    square = by_output(noise * rows.coef.square().sum(1)[:, None, None]).sum(1)
+    square = by_output(noise * rows.coef.square().sum(1)[:, None]).sum(1)
     square = square + fuzz.sum(2).reshape(-1)
     zero = torch.zeros(len(atoms), dtype=torch.float64)
     made = Rows(torch.where(coef == 0, 0, atoms), coef, zero, square.sqrt())

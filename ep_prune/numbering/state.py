@@ -75,20 +75,23 @@ class Port:
         assert self.op.weight.tensor is not None
         return self.op.weight.tensor
 
-    def live_classes(self, live_out: Tensor, tolerance: float) -> Tensor:
-        """(n,) at leaders: whether some live output reads the class.
+    def below(self, net: Tensor, tolerance: float) -> Tensor:
+        """(n, O/G): whether a class's share of an output's size is below `tolerance`.
 
-        Above `tolerance` 0, a class counts as unread whose share of every live output's size is below it;
-        sizes are root mean squares as far as batch norm recorded them.
+        Sizes are root mean squares as far as batch norm recorded them; what is unknown is not below.
         """
-        net, groups = self.net, self.groups
-        live = live_out.reshape(groups, 1, -1).expand(groups, net.shape[0] // groups, -1).reshape(net.shape[:2])
-        read = (net != 0).any(dim=2) & live
+        size = net.abs().sum(2) * self.x.root_mean_square().unsqueeze(1)
+        total = size.nan_to_num(0.0).square().reshape(self.groups, -1, net.shape[1]).sum(1).sqrt()
+        share = size.reshape(self.groups, -1, net.shape[1]) / total.unsqueeze(1).clamp_min(1e-300)
+        return (share <= tolerance).reshape(size.shape)
+
+    def live_classes(self, live_out: Tensor, tolerance: float) -> Tensor:
+        """(n,) at leaders: whether some live output (G * O/G,) reads the class."""
+        groups, n = self.groups, len(self.net)
+        live = live_out.reshape(groups, 1, -1).expand(groups, n // groups, -1).reshape(self.net.shape[:2])
+        read = (self.net != 0).any(dim=2) & live
         if tolerance > 0:
-            size = net.abs().sum(2) * self.x.root_mean_square().unsqueeze(1)
-            total = size.nan_to_num(0.0).square().reshape(groups, -1, net.shape[1]).sum(1).sqrt()
-            share = size.reshape(groups, -1, net.shape[1]) / total.unsqueeze(1).clamp_min(1e-300)
-            read &= ~(share <= tolerance).reshape(read.shape)
+            read &= ~self.below(self.net, tolerance)
         return read.any(dim=1)
 
 

@@ -90,18 +90,28 @@ def select(node: Node, tensors: Tensors) -> Operation:
     return Split(x, axis, (index % size, 1, size - 1 - index % size), take=1, squeeze=True)
 
 
+def _stored(place: Any) -> str | None:
+    """The name of the tensor that an index reads, itself or through a copy (a list in the user's code)."""
+    while isinstance(place, Node) and place.tensor is None and place.op in _COPIES:
+        place = place.args[0]
+    return place.tensor if isinstance(place, Node) else None
+
+
+_COPIES = ("aten.clone", "aten.lift_fresh_copy", "aten.detach", "aten.detach_", "aten.alias")
+
+
 @rule("aten.index.Tensor", "aten.index_select")
 def index(node: Node, tensors: Tensors) -> Operation:
     places: Any = node.args[1] if node.op == "aten.index.Tensor" else (node.args[2],)
-    for place in places:
-        if place is not None and (not isinstance(place, Node) or place.tensor is None):
-            return Barrier("indexed by a computed tensor")
+    names = [_stored(place) for place in places]
+    if any(place is not None and name is None for place, name in zip(places, names, strict=True)):
+        return Barrier("indexed by a computed tensor")
 
     def act(labels: Tensor) -> Tensor:
         assert node.target is not None
+        known = [None if name is None else tensors[name].cpu() for name in names]
         if node.op == "aten.index_select":
-            return labels.index_select(node.args[1], tensors[node.args[2].tensor].cpu())
-        known = [None if place is None else tensors[place.tensor].cpu() for place in places]
+            return labels.index_select(node.args[1], torch.as_tensor(known[0]))
         moved: Tensor = node.target(labels, known)
         return moved
 

@@ -439,7 +439,7 @@ class _Session:
                     outputs = self.forward(self.wide64, piece, torch.float64).values()
                     terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
                     total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
-                slopes = [slope.abs() for slope in gradients(total, weights)]
+                slopes = [slope.abs_() for slope in gradients(total, weights)]
                 floor = NOISE * max(float(slope.max()) for slope in slopes)
                 pairs = list(zip(self.touched.values(), slopes, strict=True))
                 if not any(bool(((slope > floor) & ~touched).any()) for touched, slope in pairs):

@@ -1,0 +1,251 @@
+"""Offsets carried through each operation, and the wide parameters that follow.
+
+batch norm   g' (x' - m') / s' + b' = d (g (x - m) / s + b) + e, with m' and s' at random
+weights      W' T = diag(d) W[pi], and W' t = 0 on taps that can fall on zero padding: with A = [T, t],
+             W' = W0 + (R - W0 A) A^+, W0 at random; through the other taps the bias takes -W' t
+depthwise    wide channel j reads wide channel j: W'_j = W_pi(j) d_out / d_in
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from ep_prune.graph import (
+    Cat,
+    Contract,
+    Extreme,
+    Item,
+    Move,
+    Node,
+    Normalize,
+    Operation,
+    Pass,
+    Pointwise,
+    Product,
+    Slope,
+    Stencil,
+    Sum,
+)
+from ep_prune.widen_rules.state import Wide, Widening, required
+
+
+@singledispatch
+def settle(op: Operation, node: Node, w: Widening) -> None:
+    """Carry the offsets through an operation, and write its wide parameters. Raises `Stuck`."""
+
+
+@settle.register(Pass)
+@settle.register(Item)
+@settle.register(Stencil)
+@settle.register(Extreme)
+def _(op: Pass | Item | Stencil | Extreme, node: Node, w: Widening) -> None:
+    w.wide[node].e = w.wide[op.x].offset
+
+
+@settle.register(Move)
+@settle.register(Cat)
+def _(op: Move | Cat, node: Node, w: Widening) -> None:
+    e = torch.zeros_like(w.wide[node].d)
+    for x, out, into in w.moved[node]:
+        e[out] = w.wide[x].offset[into]
+    w.wide[node].e = e
+
+
+@settle.register
+def _(op: Sum, node: Node, w: Widening) -> None:
+    """(d x + e) + alpha (d y + f) = d (x + alpha y) + e + alpha f; a number c adds (1 - d) c."""
+    rows = w.wide[node]
+    e = torch.zeros_like(rows.d)
+    for side, alpha in ((op.x, 1.0), (op.y, op.alpha)):
+        constant = w.number(side)
+        if constant is not None:
+            e = e + alpha * constant * (1 - rows.d)
+        elif isinstance(side, Node):
+            e = e + alpha * w.wide[side].offset
+    rows.e = e
+
+
+@settle.register
+def _(op: Product, node: Node, w: Widening) -> None:
+    rows = w.wide[node]
+    factor = w.factor(op)
+    tensors = [side for side in (op.x, op.y) if isinstance(side, Node) and side in w.wide]
+    if factor is not None:
+        rows.e = w.wide[tensors[0]].offset * factor
+        return
+    for side in tensors:
+        w.need(side, torch.zeros_like(rows.d))
+    rows.e = torch.where(rows.null, w.wide[tensors[0]].offset * w.wide[tensors[1]].offset, 0.0)
+
+
+@settle.register
+def _(op: Pointwise, node: Node, w: Widening) -> None:
+    x, rows = w.wide[op.x], w.wide[node]
+    w.need(op.x, required(op, x))
+    level = (op.symmetry.center or (0.0, 0.0))[1]
+    rows.e = torch.where(rows.null, op.function(x.offset), level * (1 - rows.d))
+
+
+@settle.register
+def _(op: Slope, node: Node, w: Widening) -> None:
+    x, rows = w.wide[op.x], w.wide[node]
+    w.need(op.x, torch.zeros_like(x.d))
+    slope = w.tensor(op.slope)
+    if slope.numel() > 1:
+        slope = _pulled(slope, rows, w.uniform(len(rows.d), 0, 1))
+        w.new[str(op.slope.tensor)] = slope
+    rows.e = x.offset.clamp_min(0) + slope * x.offset.clamp_max(0)
+
+
+@settle.register
+def _(op: Normalize, node: Node, w: Widening) -> None:
+    """g' (x' - m') / s' + b' = d (g (x - m) / s + b) + e: s' and m' at random, g' and b' follow."""
+    x, rows = w.wide[op.x], w.wide[node]
+    assert op.weight is not None and op.bias is not None
+    count = len(rows.d)
+    gain, shift, mean, variance = (
+        _pulled(w.tensor(part), rows, other)
+        for part, other in (
+            (op.weight, w.normal(count)),
+            (op.bias, w.normal(count)),
+            (op.mean, w.normal(count)),
+            (op.variance, w.uniform(count, 0.5, 2)),
+        )
+    )
+    e = w.produce(node)
+    wide_variance = variance * 4 ** w.uniform(count, -1, 1) if w.general else variance
+    deviation, wide_deviation = (variance + op.eps).sqrt(), (wide_variance + op.eps).sqrt()
+    anything = x.offset.isnan()
+    e_in = x.offset.nan_to_num(0.0)
+    wide_mean = x.d * mean + e_in
+    if w.general:
+        wide_mean = wide_mean + 0.5 * w.normal(count) * wide_deviation
+    into = torch.where(rows.null, 1.0, x.d)
+    wide_gain = torch.where(rows.null, gain, rows.d * gain * wide_deviation / (deviation * into))
+    wide_gain = torch.where(anything, 0.0, wide_gain)
+    constant = torch.where(rows.null, e, rows.d * (shift - gain * mean / deviation) + e)
+    wide_shift = constant - wide_gain * (e_in - wide_mean) / wide_deviation
+    for part, value in zip(
+        (op.weight, op.bias, op.mean, op.variance), (wide_gain, wide_shift, wide_mean, wide_variance), strict=True
+    ):
+        w.new[str(part.tensor)] = value
+    rows.e = e
+
+
+def _pulled(narrow: Tensor, rows: Wide, otherwise: Tensor) -> Tensor:
+    return torch.where(rows.null, otherwise, narrow[rows.source.clamp_min(0)])
+
+
+@settle.register
+def _(op: Contract, node: Node, w: Widening) -> None:
+    x, rows = w.wide.get(op.x), w.wide.get(node)
+    weight = op.layout.canonical(w.tensor(op.weight))
+    if op.layout.groups > 1:
+        assert x is not None and rows is not None
+        wide = _depthwise(op, node, w, weight, x, rows)
+    else:
+        wide = _dense(op, node, w, weight[0], x, rows).unsqueeze(0)
+    kernel = tuple((op.weight.shape or ())[2:])
+    w.new[str(op.weight.tensor)] = op.layout.original(wide, kernel).contiguous()
+
+
+def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None, rows: Wide | None) -> Tensor:
+    """A random W' (N_out, N_in, taps) with W' T = diag(r) W[pi] and, where constants may not pass, W' t = 0.
+
+    With A = [T, t], or T alone: W' = W0 + (R - W0 A) A^+, W0 at random.
+    """
+    outputs, inputs, taps = weight.shape
+    scale = torch.ones(outputs, dtype=torch.float64) if rows is None else rows.d
+    target = weight if rows is None else weight[rows.source.clamp_min(0)] * scale.reshape(-1, 1, 1)
+    anything = torch.zeros(len(scale), dtype=torch.bool)
+    if rows is not None and w.general and w.before_norm(node):
+        anything = rows.null & (w.uniform(len(scale), 0, 1) < 0.3)
+    T, t = _matrix(x, inputs)
+    passes = torch.tensor(op.layout.interior)
+    if op.bias is None and not (rows is not None and w.before_norm(node)):
+        passes = torch.zeros_like(passes)
+    size = weight.square().mean().sqrt()
+    draw = w.normal(len(scale), len(T), taps) * size
+    wide = torch.empty_like(draw)
+    for chosen, A, wanted in _systems(T, t, target, passes):
+        if torch.linalg.cond(A) > 1e4:
+            raise w.stuck_at(op.x, may_calm=True)
+        inverse = torch.linalg.pinv(A)
+        part = draw[:, :, chosen].transpose(1, 2)
+        if x is None:
+            part = wanted
+        else:
+            for _ in range(3):  # the second and third pass remove the rounding of the first
+                part = part + (wanted - part @ A) @ inverse
+        wide[:, :, chosen] = part.transpose(1, 2)
+    wide = torch.where(wide.abs() <= 1e-14 * size, 0.0, wide)  # zero but for rounding
+    wide[anything] = w.normal(*wide[anything].shape) * size
+    sent = torch.einsum("oit,i->o", wide[:, :, passes], t)
+    if rows is not None:
+        rows.e = w.produce(node) if op.bias is not None else torch.where(passes.any(), sent, 0.0)
+        rows.e[anything] = torch.nan
+    if op.bias is not None:
+        bias = w.tensor(op.bias)
+        if rows is not None:
+            bias = torch.where(rows.null, 0.0, bias[rows.source.clamp_min(0)] * scale) + rows.offset.nan_to_num(
+                0.0
+            )
+        w.new[str(op.bias.tensor)] = bias - torch.where(anything, 0.0, sent)
+    return wide
+
+
+def _systems(T: Tensor, t: Tensor, target: Tensor, passes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(taps, A, R) for the taps through which constants may pass, and for the others."""
+    found = []
+    wanted = target.transpose(1, 2)
+    cancel = bool((t != 0).any())
+    for some, A in ((passes, T), (~passes, torch.cat([T, (t / t.norm()).unsqueeze(1)], 1) if cancel else T)):
+        if not bool(some.any()):
+            continue
+        R = wanted[:, some]
+        if A.shape[1] > T.shape[1]:
+            R = torch.cat([R, torch.zeros_like(R[:, :, :1])], 2)
+        found.append((some, A, R))
+    return found
+
+
+def _matrix(x: Wide | None, inputs: int) -> tuple[Tensor, Tensor]:
+    """T (N, K) and t (N,) of a weight's input."""
+    if x is None:
+        return torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64)
+    T = torch.zeros(len(x.d), inputs, dtype=torch.float64)
+    real = (~x.null).nonzero().squeeze(1)
+    T[real, x.source[real]] = x.d[real]
+    return T, x.offset
+
+
+def _depthwise(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide, rows: Wide) -> Tensor:
+    """(N, m, 1, taps): wide channel j reads wide channel j; a null's weights are zero behind padding."""
+    each = weight.shape[1]
+    padded = not all(op.layout.interior)
+    if padded:
+        w.need(op.x, torch.zeros_like(x.d))
+    out_d, null = rows.d.reshape(-1, each), x.null
+    ratio = out_d / torch.where(null, 1.0, x.d).unsqueeze(1)
+    wide = weight[x.source.clamp_min(0)] * ratio.reshape(-1, each, 1, 1)
+    junk = w.normal(*wide.shape) * weight.square().mean().sqrt()
+    anything = torch.zeros_like(null)
+    free = op.bias is not None or w.before_norm(node)
+    if w.general and w.before_norm(node):
+        anything = null & (w.uniform(len(null), 0, 1) < 0.3)
+    keep = null & (not padded and free) | anything
+    wide = torch.where(keep.reshape(-1, 1, 1, 1), junk, wide)
+    sent = torch.where(null & padded, 0.0, 1.0).unsqueeze(1) * (wide.sum((2, 3)) * x.offset.unsqueeze(1))
+    if not free and bool((sent != 0).any()):
+        raise w.stuck_at(op.x, may_calm=True)
+    sent = sent.reshape(-1)
+    rows.e = w.produce(node) if op.bias is not None else sent.clone()
+    if op.bias is not None:
+        bias = torch.where(rows.null, 0.0, w.tensor(op.bias)[rows.source.clamp_min(0)] * rows.d)
+        w.new[str(op.bias.tensor)] = bias + rows.offset - sent
+    rows.e[anything.repeat_interleave(each)] = torch.nan
+    w.groups[str(op.weight.tensor)] = len(wide)
+    return wide
