@@ -25,11 +25,12 @@ class Demand:
     """The needs of one weight. n input positions, G groups, O/G outputs a group.
 
     leader, scale, constant (n,): classes of equal directions over all uses. nets: for each use, what each class,
-    at its leader's place, sends (n, O/G, taps). offset (n,). live, net_zero (n,) at leaders: some output that
-    is kept reads the class; its weights are zero or cancel exactly. prefer (n,): at leaders, the member that
-    should stand for the class. eps: rounding unit of the type in which the weight is stored. foldable: copies may
-    be merged (not where the weight has another use). bias, mean, new_bias: where constants can go, if anywhere.
-    rigid: offsets count as part of the direction; no constant can be folded or led here.
+    at its leader's place, sends (n, O/G, taps). offset (n,). live, net_zero (n,) at leaders: some output that is
+    kept reads the class; its weights are zero or cancel exactly. prefer (n,): at leaders, the member that should
+    stand for the class; opinions: those among them that are needed, not just as good as others. eps: rounding
+    unit of the type in which the weight is stored. foldable: copies may be merged (not where the weight has
+    another use). bias, mean, new_bias: where constants can go, if anywhere. rigid: offsets count as part of the
+    direction; no constant can be folded or led here.
     """
 
     ports: list[Port]
@@ -51,6 +52,7 @@ class Demand:
     live: Tensor = field(default_factory=lambda: torch.empty(0))
     net_zero: Tensor = field(default_factory=lambda: torch.empty(0))
     prefer: Tensor = field(default_factory=lambda: torch.empty(0))
+    opinions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     kept_out: Tensor | None = None
     told_apart: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -195,7 +197,22 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
         _find_room_for_constants(n, demand, users)
         _prefer_members(demand)
         found[name] = demand
+    _share_opinions(list(found.values()), len(roots))
     return found
+
+
+def _share_opinions(needs: list[Demand], slots: int) -> None:
+    """A weight that does not care which member stands for a class takes the one that another weight needs."""
+    wanted = torch.zeros(slots, dtype=torch.bool)
+    for demand in needs:
+        wanted[demand.roots[demand.opinions]] = True
+    for demand in needs:
+        n = len(demand.roots)
+        member = wanted[demand.roots] & ~demand.constant
+        first = torch.full((n,), n).scatter_reduce_(0, demand.leader[member], torch.arange(n)[member], "amin")
+        free = (first < n) & (demand.leader == torch.arange(n))
+        free[demand.leader[demand.opinions]] = False
+        demand.prefer = torch.where(free, first, demand.prefer)
 
 
 def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Tensor:
@@ -281,3 +298,4 @@ def _prefer_members(demand: Demand) -> None:
     best = open_ & (distance <= nearest[demand.leader])
     first = torch.full((n,), n).scatter_reduce_(0, demand.leader[best], torch.arange(n)[best], "amin")
     demand.prefer = torch.where(first < n, first, demand.prefer)
+    demand.opinions = demand.prefer[free]

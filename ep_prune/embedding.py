@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,11 +107,17 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan written by `save` or `ep_prune.save`. Nothing in the file is executed."""
-        with safe_open(str(path), "pt") as file:
-            header = (file.metadata() or {}).get("ep_prune.plan")
-            if header is None:
-                raise PlanError(f"{path} holds no plan: write one with plan.save(path)")
-            tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith("plan.")}  # noqa: SIM118
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = (file.metadata() or {}).get("ep_prune.plan")
+                names = [key for key in file.keys() if key.startswith("plan.")]  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in names}
+        except (SafetensorError, OSError) as error:
+            raise PlanError(
+                f"{path} is not a safetensors file ({error}): write one with plan.save(path)"
+            ) from error
+        if header is None:
+            raise PlanError(f"{path} holds no plan: write one with plan.save(path)")
         return Plan.from_tensors(tensors, header)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], str]:

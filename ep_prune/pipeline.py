@@ -125,7 +125,8 @@ def reduce(
                 seed=seed,
                 limit=tol if tol > 0 else None,
                 judged=("example", "user") if tol > 0 else None,
-                ascent_steps=16 if verify_result else 0,
+                count=16,
+                ascent_steps=8 if verify_result else 0,
                 reach=verify_result,
             )
             if verify_result:

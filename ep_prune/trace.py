@@ -120,9 +120,13 @@ def run(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = as_arguments(inputs)
     active: list[str] = []
     hooks = []
+
+    def leave(*_: Any) -> None:  # what a forward hook returns, unless None, replaces the output
+        active.pop()
+
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: active.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: active.pop() and None))
+        hooks.append(module.register_forward_hook(leave))
     try:
         with torch.no_grad():
             return model(*args, **kwargs)

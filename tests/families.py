@@ -41,7 +41,8 @@ class Draw:
     def fill_(self, model: nn.Module) -> None:
         """Weights, biases and statistics, from continuous distributions."""
 
-        def normal(tensor: Tensor, scale: float) -> None:
+        def normal(tensor: Tensor | None, scale: float) -> None:
+            assert tensor is not None
             tensor.copy_(torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype) * scale)
 
         with torch.no_grad():
@@ -55,6 +56,7 @@ class Draw:
                     module.weight.add_(module.weight.sign() * 0.7)
                     normal(module.bias, 0.3)
                     normal(module.running_mean, 0.3)
+                    assert module.running_var is not None
                     module.running_var.copy_(
                         torch.rand(module.running_var.shape, generator=self.generator, dtype=torch.float64) + 0.5
                     )
@@ -78,7 +80,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        return self.act(y + self.shortcut(x))
+        z: Tensor = self.act(y + self.shortcut(x))
+        return z
 
 
 class Branches(nn.Module):

@@ -24,6 +24,7 @@ LAYERS = (
     "find",
     "numbering",
     "embedding",
+    "demand",
     "selection",
     "rewrite",
     "widen_rules",

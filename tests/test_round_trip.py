@@ -76,8 +76,9 @@ def test_widths_name_the_spaces_to_widen() -> None:
     inputs = torch.randn(5, 3, dtype=torch.float64)
     assert widenable(narrow, inputs) == {"0": 4, "2": 4}
     wide = embed(narrow, inputs, widths={"2": 9})
+    assert isinstance(wide, nn.Sequential)
     assert [wide[k].weight.shape for k in (0, 2, 4)] == [(4, 3), (9, 4), (2, 9)]
-    assert (wide[2].out_features, wide[4].in_features) == (9, 9)
+    assert [wide[2].out_features, wide[4].in_features] == [9, 9]
     assert difference(wide, narrow, inputs) <= 1e-12
     with pytest.raises(InputError, match="'4'"):
         embed(narrow, inputs, widths={"4": 9})
@@ -114,10 +115,12 @@ def test_pinned_grouped_and_shared_channels_are_left_alone() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.mix(self.grouped(self.stem(x).relu()).relu()).relu()
-            return self.head(self.free(self.twice(self.twice(y).relu()).relu()).relu())
+            z: torch.Tensor = self.head(self.free(self.twice(self.twice(y).relu()).relu()).relu())
+            return z
 
     model, inputs = Shared().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert widenable(model, inputs) == {"free": 3}
     wide = embed(model, inputs)
+    assert isinstance(wide, Shared)
     assert wide.free.weight.shape == (4, 4, 1, 1)
     assert difference(wide, model, inputs) <= 1e-12

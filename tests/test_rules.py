@@ -556,7 +556,7 @@ for _mode in ("reflection", "replication"):
     for _space, _name in ((1, "line"), (2, "plane"), (3, "solid")):
         _op = getattr(_aten, f"{_mode}_pad{_space}d")
         POOLS[f"{_mode} of a {_name}"] = (_space, lambda x, f=_op, s=_space: f(x, (1, 1) * s), LINEAR)
-for _name, _space in {"nearest": 1, "linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}.items():
+for _name, _space in {"nearest": 1, "linear": 1, "trilinear": 3}.items():
     _op = getattr(_aten, f"upsample_{_name}{_space}d")
     _more = () if _name == "nearest" else (False,)
     POOLS[f"upsample {_name}"] = (_space, lambda x, f=_op, s=_space, m=_more: f(x, (9,) * s, *m), LINEAR)
@@ -889,10 +889,6 @@ CHUNK = 16
 WRONG = {
     **dict.fromkeys(("softshrink", "hardshrink"), "torch takes them apart into `where`, which has no rule"),
     "stacked with itself": "all channels are tied together where two axes are joined (align._keep_rectangular)",
-    **dict.fromkeys(
-        ("depthwise", "depthwise line", "depthwise solid", "depthwise zeros", "depthwise transposed"),
-        "a depthwise layer keeps every input that it could read, copies too",
-    ),
 }
 """Rows that fail, and why."""
 
@@ -907,6 +903,8 @@ ELSEWHERE = {
     "aten.concat": "aten.cat",
     "aten.narrow": "aten.slice.Tensor",
     "aten.constant_pad_nd": "aten.pad",
+    "aten.upsample_bilinear2d": "aten.upsample_bilinear2d.vec",
+    "aten.upsample_bicubic2d": "aten.upsample_bicubic2d.vec",
     **dict.fromkeys(("chunk unsafe_chunk unsafe_split.Tensor tensor_split.sections").split(), "aten.split.Tensor"),
     **dict.fromkeys(
         "flatten.using_ints unflatten.int reshape view_copy permute_copy expand_copy movedim.intlist swapaxes numpy_T "

@@ -3,6 +3,7 @@
 Imports torch and the error types alone: it shares no code with the prover.
 """
 
-from ep_prune.verification.compare import OutputDifference, Verification, verify
+from ep_prune.verification.compare import verify
+from ep_prune.verification.figures import OutputDifference, Verification
 
 __all__ = ["OutputDifference", "Verification", "verify"]

@@ -106,12 +106,17 @@ def _(op: Contract, node: Node, w: Widening) -> None:
         rows = int(w.wide[op.x].source.max()) + 1
         if rows != groups * inputs or (groups > 1 and inputs > 1):
             raise w.stuck_at(op.x, node)
+    bound = op.bias is None and not (node in w.wide and w.before_norm(node))
+    padded = not all(op.layout.interior)
     if groups > 1:
         if op.x not in w.wide or node not in w.wide:
             raise w.stuck_at(op.x, node)
-        if not all(op.layout.interior):
+        if padded:
             w.rigid.append(w.wide[op.x].sign)
-    if node in w.wide and op.bias is None and not w.before_norm(node):
+    elif op.x in w.wide and (padded or bound):  # W' t = 0 leaves W[pi] only to a copy without offset
+        x = w.wide[op.x]
+        w.rigid.append(x.sign[w.plain[x.slot]])
+    if node in w.wide and bound:
         w.rigid.append(w.wide[node].sign)
 
 

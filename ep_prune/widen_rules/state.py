@@ -204,7 +204,6 @@ class Widening:
             for rows, carries in ((a, symmetry.center[0]), (b, symmetry.center[1])):
                 if carries != 0:
                     self.carrying.append(rows.sign)
-                    self.signs.pin(rows.sign[self.plain[rows.slot]], "one copy without offset")
         else:
             self.signs.pin(torch.cat([a.sign, b.sign]), "no sign goes through")
 
