@@ -6,9 +6,10 @@ result.model, result.report, result.plan, result.verification
 
 from importlib import metadata
 
-from ep_prune.embedding import ChannelEmbedding, Plan
+from ep_prune.embedding import ChannelEmbedding
 from ep_prune.errors import EpPruneError, InputError, PlanError, TraceError, VerificationError
 from ep_prune.pipeline import Result, reduce, reduce_
+from ep_prune.plan import Plan
 from ep_prune.report import Report
 from ep_prune.storage import load, save
 from ep_prune.verification import Verification, verify

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import ep_prune
 from ep_prune.cli_models import example_inputs, load_probes, load_weights_, make_model
 from ep_prune.demo_model import digits_data, load_digits_net
-from ep_prune.embedding import Plan, fingerprint
 from ep_prune.errors import EpPruneError, InputError, VerificationError
 from ep_prune.pipeline import Result, reduce
+from ep_prune.plan import Plan, fingerprint
 from ep_prune.probes import synthetic_probes
 from ep_prune.storage import load, save
 from ep_prune.trace import prepare

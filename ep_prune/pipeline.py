@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from ep_prune.cost import cost
-from ep_prune.embedding import Plan, Round, fingerprint
-from ep_prune.errors import EpPruneError, InputError, PlanError, VerificationError
+from ep_prune.embedding import Round
+from ep_prune.errors import EpPruneError, InputError, VerificationError
 from ep_prune.graph import Graph
 from ep_prune.numbering import Numbering, number_channels
+from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
-from ep_prune.rewrite import apply_, apply_round_
+from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
 from ep_prune.spaces import Space, spaces
 from ep_prune.trace import as_arguments, prepare, run, trace
@@ -143,7 +144,7 @@ def reduce(
             notes=tuple(notes),
             verification=checked,
         )
-        narrow = _as_given(state.model, model)
+        narrow = with_modes_of(model, state.model)
     return Result(narrow, plan, report, checked)
 
 
@@ -152,28 +153,9 @@ def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
     result = reduce(model, example_inputs, **options)
     if result.report.notes:
         raise InputError(f"cannot work in place on a wrapped or parametrized model ({result.report.notes[0]})")
-    apply_(model, result.plan)
+    for step in result.plan.rounds:
+        apply_round_(model, step)
     return Result(model, result.plan, result.report, result.verification)
-
-
-def apply_plan(plan: Plan, model: nn.Module, *, recheck: bool = False) -> nn.Module:
-    """A narrow copy of a fresh wide model. Refuses weights other than the plan's own.
-
-    Raises `PlanError` where the weights differ (or, with `recheck`, does not compare them).
-    """
-    wide, _ = prepare(model)
-    if not recheck and fingerprint(wide.state_dict()) != plan.fingerprint:
-        raise PlanError("these are not the weights that the plan was made for: reduce this model anew")
-    return _as_given(apply_(wide, plan), model)
-
-
-def _as_given(narrow: nn.Module, model: nn.Module) -> nn.Module:
-    """The narrow model in the mode that the user's model is in, module by module where names match."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    narrow.train(model.training)
-    for name, module in narrow.named_modules():
-        module.training = modes.get(name, model.training)
-    return narrow
 
 
 def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | None:
@@ -433,4 +415,4 @@ def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> 
         state.rounds.append(step)
 
 
-__all__ = ["Result", "apply_plan", "reduce", "reduce_"]
+__all__ = ["Result", "reduce", "reduce_"]

@@ -11,15 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_prune.embedding import Fold, Plan, Round
+from ep_prune.embedding import Fold, Round
 from ep_prune.errors import PlanError
-
-
-def apply_(model: nn.Module, plan: Plan) -> nn.Module:
-    """Apply all rounds of a plan to `model`, in place."""
-    for step in plan.rounds:
-        apply_round_(model, step)
-    return model
 
 
 def apply_round_(model: nn.Module, step: Round) -> None:

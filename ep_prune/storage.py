@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import Plan
 from ep_prune.errors import InputError, PlanError
-from ep_prune.rewrite import apply_
+from ep_prune.plan import Plan
+from ep_prune.rewrite import apply_round_
 from ep_prune.trace import prepare
 
 
@@ -60,7 +60,9 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
         raise PlanError(f"{path} holds no plan: write it with ep_prune.save")
     plan = Plan.from_tensors(tensors, metadata["ep_prune.plan"])
     wide, _ = prepare(factory())
-    narrow = apply_(wide, plan)
+    narrow = wide
+    for step in plan.rounds:
+        apply_round_(narrow, step)
     state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     state |= {name: state[kept] for name, kept in json.loads(metadata.get("ep_prune.ties", "{}")).items()}
     for parameter in narrow.parameters():

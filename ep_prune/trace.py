@@ -68,11 +68,18 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
             raise InputError(f"layer {name!r} is quantized: reduce the float model before quantizing it")
     _check_tensors(model)
     try:
-        working = copy.deepcopy(model)
+        working = copy.deepcopy(model, _computed_attributes(model))
     except Exception as error:
         raise InputError(f"the model cannot be copied ({error}): detach tensors kept as attributes") from error
     notes += _bake(working)
     return working.eval(), notes
+
+
+def _computed_attributes(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses tensors with a history: what weight norm, spectral norm and masks keep
+    as a plain attribute is copied without it."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
 
 
 def _check_tensors(model: nn.Module) -> None:
@@ -94,6 +101,9 @@ def _bake(model: nn.Module) -> list[str]:
         parametrized = getattr(module, "parametrizations", None)
         if isinstance(parametrized, nn.ModuleDict) and nn.utils.parametrize.is_parametrized(module):
             module.eval()
+            # A copy shares its class with the user's module, and removing a parametrization changes the class.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
             for tensor in list(parametrized):
                 nn.utils.parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
                 notes.append(f"parametrization of {name}.{tensor} baked in")

@@ -31,6 +31,7 @@ LAYERS = (
     "widen",
     "spaces",
     "verification",
+    "plan",
     "probes",
     "report",
     "pipeline",

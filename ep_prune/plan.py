@@ -1,0 +1,152 @@
+"""A plan: what a reduction did, to be saved, read and applied to another copy of the wide model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
+from ep_prune.errors import PlanError
+from ep_prune.graph import Layout
+from ep_prune.rewrite import apply_round_
+from ep_prune.trace import prepare
+from ep_prune.verification import verify
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Rounds of edits, and the fingerprint of the weights that they were made for."""
+
+    rounds: tuple[Round, ...] = ()
+    fingerprint: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def apply(self, model: nn.Module, *, recheck: Any = None) -> nn.Module:
+        """A narrow copy of a fresh wide model, which is not changed.
+
+        `recheck`: for weights other than those that the plan was made for, example inputs on which the outcome
+        is compared with the wide model instead. Raises `PlanError` where the weights differ and there are none,
+        `VerificationError` where the outcome differs.
+        """
+        wide, _ = prepare(model)
+        own = fingerprint(wide.state_dict()) == self.fingerprint
+        if not own and recheck is None:
+            raise PlanError(
+                "these are not the weights that the plan was made for: reduce this model, or pass recheck=inputs"
+            )
+        narrow = copy.deepcopy(wide)
+        for step in self.rounds:
+            apply_round_(narrow, step)
+        if not own:
+            verify(wide, narrow, recheck).raise_if_different()
+        return with_modes_of(model, narrow)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a safetensors file."""
+        tensors, header = self.to_tensors()
+        save_file(tensors, str(path), {"ep_prune.plan": header})
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan written by `save` or `ep_prune.save`. Nothing in the file is executed."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = (file.metadata() or {}).get("ep_prune.plan")
+                names = [key for key in file.keys() if key.startswith("plan.")]  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in names}
+        except (SafetensorError, OSError) as error:
+            raise PlanError(
+                f"{path} is not a safetensors file ({error}): write one with plan.save(path)"
+            ) from error
+        if header is None:
+            raise PlanError(f"{path} holds no plan: write one with plan.save(path)")
+        return Plan.from_tensors(tensors, header)
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], str]:
+        """The plan as named tensors and a JSON text."""
+        tensors: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor) -> str:
+            name = f"plan.{len(tensors)}"
+            tensors[name] = tensor.contiguous()
+            return name
+
+        rounds = [
+            {
+                "folds": [
+                    {
+                        "weight": fold.weight,
+                        "layout": [fold.layout.groups, fold.layout.inputs_first, len(fold.layout.interior)],
+                        "size": [fold.embedding.n, fold.embedding.k],
+                        **{key: keep(getattr(fold.embedding, key)) for key in ("wide", "narrow", "values", "t")},
+                        "groups": keep(fold.groups),
+                        "outputs": keep(fold.outputs),
+                        **{key: getattr(fold, key) for key in ("bias", "mean", "new_bias")},
+                    }
+                    for fold in step.folds
+                ],
+                "cuts": [[cut.tensor, cut.axis, keep(cut.keep)] for cut in step.cuts],
+            }
+            for step in self.rounds
+        ]
+        header = {"version": 1, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        return tensors, json.dumps(header)
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
+        """The inverse of `to_tensors`."""
+        data: dict[str, Any] = json.loads(header)
+        if data.get("version") != 1:
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads version 1")
+
+        def fold(item: dict[str, Any]) -> Fold:
+            groups, inputs_first, taps = item["layout"]
+            n, k = item["size"]
+            parts = [tensors[item[key]] for key in ("wide", "narrow", "values", "t")]
+            return Fold(
+                item["weight"],
+                Layout(groups, inputs_first, interior=(True,) * taps),
+                ChannelEmbedding(n, k, *parts),
+                tensors[item["groups"]],
+                tensors[item["outputs"]],
+                item["bias"],
+                item["mean"],
+                item["new_bias"],
+            )
+
+        rounds = tuple(
+            Round(
+                tuple(fold(item) for item in step["folds"]),
+                tuple(Cut(name, axis, tensors[key]) for name, axis, key in step["cuts"]),
+            )
+            for step in data["rounds"]
+        )
+        return Plan(rounds, data["fingerprint"], tuple(data["notes"]))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_modes_of(model: nn.Module, narrow: nn.Module) -> nn.Module:
+    """`narrow`, in the training or eval mode of `model`, module by module where names match."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in narrow.named_modules():
+        module.training = modes.get(name, model.training)
+    return narrow
