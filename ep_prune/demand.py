@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ep_prune.find import MARGIN, Freedom, Sparse, congruence
-from ep_prune.graph import Node, Normalize
+from ep_prune.graph import Graph, Node, Normalize
 from ep_prune.numbering import Numbering, Port
 from ep_prune.rules import kind_of
 
@@ -160,7 +160,7 @@ def spread(outputs: Tensor, n: int) -> Tensor:
 def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
     """The demand of every weight, last use first."""
     live = n.liveness()
-    users = n.graph.users()
+    users = _readers(n.graph)
     by_weight: dict[str, list[Port]] = {}
     for port in reversed(n.ports):
         by_weight.setdefault(port.name, []).insert(0, port)
@@ -169,7 +169,7 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
         port = ports[0]
         layout = port.op.layout
         same = len({(p.op.layout.groups, p.op.layout.inputs_first) for p in ports}) == 1
-        alone = set(users[port.op.weight]) <= {p.node for p in ports}
+        alone = set(users[name]) <= {p.node for p in ports}
         out_slots = n.slots.bound[(name, -1 if layout.groups > 1 else int(layout.inputs_first))]
         size = len(port.x.rows)
         demand = Demand(
@@ -185,7 +185,6 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
             n.eps(port.op.weight),
             n.tolerance,
             foldable=same and alone and name not in n.pinned_tensors,
-            prefer=port.classes.leader.clone(),
             told_apart=torch.zeros(size, dtype=torch.bool),
         )
         if len(ports) > 1:
@@ -194,6 +193,7 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
             demand.leader = torch.arange(size)
             demand.scale = torch.ones(size, dtype=torch.float64)
             demand.nets = [torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight) for p in ports]
+        demand.prefer = demand.leader.clone()
         _find_room_for_constants(n, demand, users)
         _prefer_members(demand)
         found[name] = demand
@@ -213,6 +213,14 @@ def _share_opinions(needs: list[Demand], slots: int) -> None:
         free = (first < n) & (demand.leader == torch.arange(n))
         free[demand.leader[demand.opinions]] = False
         demand.prefer = torch.where(free, first, demand.prefer)
+
+
+def _readers(graph: Graph) -> dict[Node | str, list[Node]]:
+    """The readers of every node; a tensor that has several nodes (tied names) goes by its name."""
+    readers: dict[Node | str, list[Node]] = {}
+    for node, users in graph.users().items():
+        readers.setdefault(node if node.tensor is None else node.tensor, []).extend(users)
+    return readers
 
 
 def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Tensor:
@@ -241,16 +249,15 @@ def _join_uses(demand: Demand) -> None:
     demand.leader = torch.where(agree & ~constant, leader, torch.arange(n))
     demand.scale = torch.where(agree & ~constant, common, 1.0)
     demand.constant = constant & agree
-    demand.prefer = demand.leader.clone()
     demand.nets = [_net_of(p, demand.leader, demand.scale, demand.constant, demand.eps) for p in ports]
 
 
-def _find_room_for_constants(n: Numbering, demand: Demand, users: dict[Node, list[Node]]) -> None:
+def _find_room_for_constants(n: Numbering, demand: Demand, users: dict[Node | str, list[Node]]) -> None:
     """Where W t can go: the layer's own bias, the mean of the batch norm that follows, or a new bias."""
     nodes = {port.node for port in demand.ports}
     bias = demand.port.op.bias
     if bias is not None:
-        alone = set(users[bias]) <= nodes and str(bias.tensor) not in n.pinned_tensors
+        alone = set(users[str(bias.tensor)]) <= nodes and str(bias.tensor) not in n.pinned_tensors
         shared = any(port.op.bias is not bias for port in demand.ports)
         demand.bias = bias.tensor if alone and not shared else None
         return
@@ -259,7 +266,11 @@ def _find_room_for_constants(n: Numbering, demand: Demand, users: dict[Node, lis
     readers = users[demand.port.node]
     if len(nodes) == 1 and len(readers) == 1:
         kind = kind_of(readers[0], n.graph)
-        if isinstance(kind, Normalize) and len(users[kind.mean]) == 1 and demand.port.op.layout.axis == 1:
+        if (
+            isinstance(kind, Normalize)
+            and len(users[str(kind.mean.tensor)]) == 1
+            and demand.port.op.layout.axis == 1
+        ):
             demand.mean = kind.mean.tensor
             return
     path = demand.port.name.rpartition(".")[0]

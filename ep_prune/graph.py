@@ -8,7 +8,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
-    Sum, Product                                of two tensors, or of a tensor and a number
+    Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
     Extreme    max pool: commutes with positive scale and with offsets
     Pad        zeros or a constant around space or channels
@@ -201,6 +201,15 @@ class Product(Operation):
     x: Node | float
     y: Node | float
     divide: bool = False
+
+
+@dataclass(frozen=True)
+class Choice(Operation):
+    """x where the condition holds, else y: linear in (x, y) together."""
+
+    condition: Node
+    x: Node | float
+    y: Node | float
 
 
 @dataclass(frozen=True)

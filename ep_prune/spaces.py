@@ -63,8 +63,8 @@ def spaces(chosen: Selection) -> list[Space]:
     reasons = chosen.numbering.slots.reasons(roots)
     result = []
     for head in sorted({find(k) for k in range(len(merged))}):
-        own = (space == head).nonzero().squeeze(1)
-        own = own[roots[own] == own]
+        longest = max(groups[head], key=lambda axis: len(n.slots.bound[axis]))
+        own = roots[n.slots.bound[longest]]
         kept = chosen.kept[own]
         gone = {kind: int((kinds[own[~kept]] == k).sum()) for k, kind in enumerate(KINDS)}
         stayed = {

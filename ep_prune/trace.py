@@ -71,7 +71,10 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
         working = copy.deepcopy(model, _computed_attributes(model))
     except Exception as error:
         raise InputError(f"the model cannot be copied ({error}): detach tensors kept as attributes") from error
-    notes += _bake(working)
+    baked = _bake(working)
+    if baked:
+        _check_tensors(working)  # weight norm makes NaN of a row of zeros
+    notes += baked
     return working.eval(), notes
 
 

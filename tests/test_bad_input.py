@@ -44,7 +44,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "identity": [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)],
         "grads": [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
         "training": [module.training for module in model.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+        ],
         "attributes": [
             {key: value for key, value in vars(m).items() if isinstance(value, int | str | float | tuple)}
             for m in model.modules()
@@ -244,7 +246,7 @@ def test_a_model_that_cannot_be_exported() -> None:
 def test_a_model_that_cannot_be_copied() -> None:
     model = model_of()
     model.cache = [model[0](X)]
-    with pytest.raises(ep.InputError, match="cannot be copied .*: detach tensors") as caught:
+    with pytest.raises(ep.InputError, match=r"cannot be copied .*: detach tensors") as caught:
         ep.reduce(model, X)
     assert "\n" not in str(caught.value)
 
@@ -329,27 +331,26 @@ def _mask(layer: nn.Linear) -> None:
 
 
 PARAMETRIZED = {
-    "weight norm, old": (_weight_norm, 2),
-    "weight norm": (nn.utils.parametrizations.weight_norm, 2),
-    "spectral norm, old": (_spectral_norm, 2),
-    "spectral norm": (nn.utils.parametrizations.spectral_norm, 2),
-    "mask": (_mask, 2),
+    "weight norm, old": _weight_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm, old": _spectral_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "mask": _mask,
 }
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_parametrized_layers(kind: str) -> None:
     """Baked into plain weights in the narrow model, and left as they are in the user's."""
-    change, width = PARAMETRIZED[kind]
-    model = model_of("a b a k.5")
-    change(model[0])
+    model = model_of("a b a c")
+    PARAMETRIZED[kind](model[0])
     model.eval()
     wide = model(X).detach()
     before = snapshot(model)
     result = ep.reduce(model, X)
     unchanged(before, model)
     assert torch.equal(model(X), wide)
-    assert result.model[0].out_features == width
+    assert result.model[0].out_features == (2 if kind == "mask" else 3)  # the masked row is a constant
     assert type(result.model[0].weight) is nn.Parameter
     assert relative(wide, result.model(X)) <= 1e-10
     assert "baked in" in str(result.report)
@@ -359,6 +360,12 @@ def test_parametrized_layers(kind: str) -> None:
     with pytest.raises(ep.InputError, match="in place"):
         ep.reduce_(model, X)
     unchanged(before, model)
+
+
+def test_a_norm_of_zero_is_named() -> None:
+    model = model_of("a k.5 b")
+    nn.utils.parametrizations.weight_norm(model[0])
+    refused(model, X, "'0.weight'", "NaN or infinite")
 
 
 # ---- the user's model, whatever happens -----------------------------------------------------------------------
@@ -389,7 +396,9 @@ def test_the_model_is_not_changed(tol: float) -> None:
     assert not pointers
 
 
-@pytest.mark.parametrize("stage", ["trace", "number_channels", "select", "to_round", "apply_round_", "cost", "verify"])
+@pytest.mark.parametrize(
+    "stage", ["trace", "number_channels", "select", "to_round", "apply_round_", "cost", "verify"]
+)
 @pytest.mark.parametrize("place", ["reduce", "reduce_"])
 def test_the_model_is_not_changed_by_a_failure(stage: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:

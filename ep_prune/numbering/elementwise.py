@@ -24,6 +24,7 @@ from ep_prune.channels import Channels, Edge, Rows, mix, number
 from ep_prune.find import Freedom, Sparse
 from ep_prune.graph import (
     Barrier,
+    Choice,
     Extreme,
     Item,
     Node,
@@ -246,6 +247,37 @@ def _choose(mask: Tensor, a: Rows, b: Rows) -> Rows:
         torch.where(mask, a.offset, b.offset),
         torch.where(mask, a.error, b.error),
     ).pruned()
+
+
+@transfer.register(Choice)
+def _choice(op: Choice, node: Node, n: Numbering) -> Value:
+    """where(c, s x, s y) = s where(c, x, y): a new atom per condition and class of directions of (x, y)."""
+    condition = n.values[op.condition]
+    values = [n.values[side] if isinstance(side, Node) else float(side) for side in (op.x, op.y)]
+    if not isinstance(condition, Channels) or not all(isinstance(v, Channels | Known | float) for v in values):
+        raise Refused("a choice that involves unknown channels")
+    known = next((value for value in values if isinstance(value, Channels)), None)
+    if known is None:
+        raise Refused("a choice between constants")
+    x, y, labels, slots, edges = align(n, values, node)
+    test, _, same, tied, more = align(n, [condition, known], node)
+    if not torch.equal(same, labels):
+        raise Refused("a condition whose channels lie along other axes")
+    n.slots.unify(slots, tied)
+    sides = [side.rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, side in enumerate((x, y))]
+    pair = sides[0].plus(sides[1])
+    question, _ = _factors(n, test.rows)
+    constant = test.rows.is_constant()
+    some = (~pair.is_constant()).nonzero().squeeze(1)
+    atoms = torch.zeros(len(pair), 1, dtype=torch.int64)
+    coef = torch.zeros(len(pair), 1, dtype=torch.float64)
+    error = pair.error.clone()
+    tag = torch.where(constant, test.rows.offset.view(torch.int64), question)
+    if len(some):
+        found = n.intern(f"choice at {node.shape}", Sparse(pair[some], False), Freedom.SCALE, tag[some])
+        atoms[some, 0], coef[some, 0], error[some] = found
+    rows = Rows(atoms, coef, torch.zeros(len(pair), dtype=torch.float64), error)
+    return n.record(Channels(node.shape or (), labels, rows, slots, (*edges, *more)))
 
 
 def _without_channels(name: str, values: list[Value | float], node: Node, n: Numbering) -> Value | None:

@@ -38,7 +38,8 @@ TABLE: dict[str, Symmetry] = {
     **dict.fromkeys(
         ("aten.gelu", "aten.silu", "aten.mish", "aten.elu", "aten.selu", "aten.celu", "aten.softplus",
          "aten.log_sigmoid", "aten.hardswish", "aten.threshold", "aten.exp", "aten.expm1", "aten.log",
-         "aten.log1p", "aten.log2", "aten.sqrt", "aten.rsqrt", "aten.reciprocal"), _NONE
+         "aten.log1p", "aten.log2", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.gt.Scalar",
+         "aten.ge.Scalar", "aten.lt.Scalar", "aten.le.Scalar", "aten.eq.Scalar", "aten.ne.Scalar"), _NONE
     ),
 }  # fmt: skip
 
@@ -92,4 +93,4 @@ def _pointwise(node: Node, symmetry: Symmetry) -> Operation:
 def _apply(node: Node, x: Tensor) -> Tensor:
     assert node.target is not None
     result: Tensor = node.target(x, *node.args[1:], **node.kwargs)
-    return result
+    return result.double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ep_prune.graph import Barrier, Node, Operation, Product, Sum
+from ep_prune.graph import Barrier, Choice, Node, Operation, Product, Sum
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 
@@ -41,3 +41,9 @@ def multiply(node: Node, tensors: Tensors) -> Operation:
 def divide(node: Node, tensors: Tensors) -> Operation:
     x, y = node.args
     return Product(x, y, divide=True)
+
+
+@rule("aten.where.self", "aten.where.ScalarSelf", "aten.where.ScalarOther", "aten.where.Scalar")
+def where(node: Node, tensors: Tensors) -> Operation:
+    condition, x, y = node.args
+    return Choice(condition, x, y)

@@ -5,5 +5,6 @@ Imports torch and the error types alone: it shares no code with the prover.
 
 from ep_prune.verification.compare import verify
 from ep_prune.verification.figures import OutputDifference, Verification
+from ep_prune.verification.trees import InFloat64
 
-__all__ = ["OutputDifference", "Verification", "verify"]
+__all__ = ["InFloat64", "OutputDifference", "Verification", "verify"]
