@@ -147,6 +147,13 @@ POINTWISE: dict[str, tuple[Any, tuple[int, ...]]] = {
     "sqrt": (lambda x: torch.sqrt(x + 4), EQUAL),
     "rsqrt": (lambda x: torch.rsqrt(x + 4), EQUAL),
     "reciprocal": (lambda x: torch.reciprocal(x + 4), EQUAL),
+    **{
+        f"compared by {function.__name__}": (lambda x, f=function: x * f(x, 0.1), EQUAL)
+        for function in (torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne)
+    },
+    "where": (lambda x: torch.where(x > 0.1, x, x.sin()), EQUAL),
+    "where of numbers": (lambda x: torch.where(x > 0.1, 1.0, -0.3) * x, EQUAL),
+    "where or number": (lambda x: torch.where(x > 0.1, x, -0.3), EQUAL),
     # compositions: the symmetry follows from the parts
     "softsign": (F.softsign, ODD),
     "tanhshrink": (F.tanhshrink, ODD),
@@ -900,13 +907,12 @@ add("selected channel", one_channel, VECTOR, ALL)
 
 CHUNK = 32
 
-WRONG = {
-    **dict.fromkeys(("softshrink", "hardshrink"), "torch takes them apart into `where`, which has no rule"),
+WRONG: dict[str, str] = {
     **dict.fromkeys(
-        ("cast to float32", "cast by type_as"),
-        "pipeline._difference lets the model's own casts round, and rolls back what is exact",
+        ("softshrink", "hardshrink", "where", "where or number"),
+        "a choice between constants by a constant is not known to be a constant",
     ),
-    "stacked with itself": "all channels are tied together where two axes are joined (align._keep_rectangular)",
+    "where of numbers": "a choice between two numbers is a barrier",
 }
 """Rows that fail, and why."""
 

@@ -308,9 +308,6 @@ class Shared(nn.Module):
         return self.a(torch.tanh(self.first(x))) + self.b(torch.tanh(self.second(x * x)))
 
 
-@pytest.mark.xfail(
-    reason="the lookup is not counted among the readers of the head's weight (selection)", strict=True
-)
 def test_a_tied_table_is_known_to_have_another_reader() -> None:
     """Not left to the check on outputs, which rolls the stream back and blames a size in the code."""
     result = ep.reduce(tied(), inputs((5,), 3, tokens=True), verify_result=False)
@@ -776,7 +773,6 @@ def test_the_report() -> None:
     assert known["parameters_after"] == sum(p.numel() for p in result.model.parameters())
 
 
-@pytest.mark.xfail(reason="spaces.spaces counts tied slots once: this report says 4 for 8 channels", strict=True)
 def test_the_report_counts_channels_that_go_together() -> None:
     model = randomize_(Literal("quarter"))
     result = reduced(model, IMAGE)
