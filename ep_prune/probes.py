@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.trace import as_arguments
 
-COUNT = 32
-STEPS = 30
+COUNT = 16
+STEPS = 20
 
 
 def synthetic_probes(model: nn.Module, example_inputs: Any, seed: int = 0) -> list[Any]:

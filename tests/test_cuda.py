@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: the model stays there, also in half precision; narrow is the same as on the CPU."""
+"""On a GPU, where there is one: the model stays there, also in half precision, and gets the same widths."""
 
 import copy
 

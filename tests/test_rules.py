@@ -907,14 +907,6 @@ add("selected channel", one_channel, VECTOR, ALL)
 
 CHUNK = 32
 
-WRONG: dict[str, str] = {
-    **dict.fromkeys(
-        ("softshrink", "hardshrink", "where", "where or number"),
-        "a choice between constants by a constant is not known to be a constant",
-    ),
-    "where of numbers": "a choice between two numbers is a barrier",
-}
-"""Rows that fail, and why."""
 
 ELSEWHERE = {
     **dict.fromkeys(("aten.softshrink", "aten.hardshrink"), "aten.tanh"),
@@ -987,8 +979,7 @@ def one_thread() -> Any:
 
 
 def _parameter(case: Case) -> Any:
-    marks = [pytest.mark.xfail(reason=WRONG[case.name], strict=True)] if case.name in WRONG else []
-    return pytest.param(case, id=case.name, marks=marks)
+    return pytest.param(case, id=case.name)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

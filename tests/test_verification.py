@@ -225,9 +225,7 @@ def sometimes_nan(y: Tensor) -> Tensor:
     ],
 )
 def test_what_cannot_be_compared_is_different_and_says_why(wide, narrow, reason):
-    result = verify(
-        Returns(wide), Returns(narrow), torch.ones(2, 3, dtype=torch.float64), count=2, ascent_steps=2
-    )
+    result = verify(Returns(wide), Returns(narrow), torch.ones(2, 3, dtype=torch.float64), count=2, ascent_steps=2)
     assert not result.ok and result.difference == float("inf")
     with pytest.raises(VerificationError, match=reason):
         result.raise_if_different()

@@ -253,30 +253,30 @@ def _choose(mask: Tensor, a: Rows, b: Rows) -> Rows:
 def _choice(op: Choice, node: Node, n: Numbering) -> Value:
     """where(c, s x, s y) = s where(c, x, y): a new atom per condition and class of directions of (x, y)."""
     condition = n.values[op.condition]
-    values = [n.values[side] if isinstance(side, Node) else float(side) for side in (op.x, op.y)]
+    # Two numbers make a tensor of the default type: they are what that type makes of them.
+    rounded = [side if isinstance(side, Node) else torch.tensor(side, dtype=node.dtype) for side in (op.x, op.y)]
+    values = [n.values[side] if isinstance(side, Node) else float(side) for side in rounded]
     if not isinstance(condition, Channels) or not all(isinstance(v, Channels | Known | float) for v in values):
         raise Refused("a choice that involves unknown channels")
-    known = next((value for value in values if isinstance(value, Channels)), None)
-    if known is None:
-        raise Refused("a choice between constants")
-    x, y, labels, slots, edges = align(n, values, node)
-    test, _, same, tied, more = align(n, [condition, known], node)
+    (test, x, labels, slots, edges), (_, y, same, tied, more) = (
+        align(n, [condition, value], node) for value in values
+    )
     if not torch.equal(same, labels):
-        raise Refused("a condition whose channels lie along other axes")
+        raise Refused("branches whose channels lie along different axes")
     n.slots.unify(slots, tied)
     sides = [side.rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, side in enumerate((x, y))]
     pair = sides[0].plus(sides[1])
     question, _ = _factors(n, test.rows)
-    constant = test.rows.is_constant()
     some = (~pair.is_constant()).nonzero().squeeze(1)
     atoms = torch.zeros(len(pair), 1, dtype=torch.int64)
     coef = torch.zeros(len(pair), 1, dtype=torch.float64)
     error = pair.error.clone()
-    tag = torch.where(constant, test.rows.offset.view(torch.int64), question)
     if len(some):
-        found = n.intern(f"choice at {node.shape}", Sparse(pair[some], False), Freedom.SCALE, tag[some])
+        found = n.intern(f"choice at {node.shape}", Sparse(pair[some], False), Freedom.SCALE, question[some])
         atoms[some, 0], coef[some, 0], error[some] = found
     rows = Rows(atoms, coef, torch.zeros(len(pair), dtype=torch.float64), error)
+    decided = _choose(test.rows.offset != 0, x.rows, y.rows)
+    rows = _choose(test.rows.is_constant(), decided, rows)
     return n.record(Channels(node.shape or (), labels, rows, slots, (*edges, *more)))
 
 
