@@ -117,9 +117,7 @@ def measure(name: str, fraction: float, args: argparse.Namespace) -> Row:
     wide = [outputs(model, x) for x in inputs]
     lively = min(liveliness(y) for y in wide)
     if not args.stress and lively < LIVELY:
-        raise AssertionError(
-            f"{name}: {fraction} masked, the output varies by {lively:.1e} of its scale only"
-        )
+        raise AssertionError(f"{name}: {fraction} masked, the output varies by {lively:.1e} of its scale only")
     row = Row(
         network=name,
         fraction=fraction,

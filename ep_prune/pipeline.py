@@ -1,38 +1,35 @@
 """`reduce`: trace, number, select, rewrite, check; again until nothing changes; verify.
 
-One round at grade exact follows from the algebra. What the algebra cannot know is whether sizes written in the
-user's code (`view(-1, 512)`, `C // 4`) follow the narrow widths: every round is a hypothesis, tested by running
-and re-exporting the narrow copy. If it fails, the spaces at fault are found by bisection, left alone and named.
+One round at grade exact follows from the algebra, and is tried on a copy all the same (`trial`). At grade
+bounded a local threshold grows as long as the measured change of the output allows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from tqdm.auto import tqdm
 
 from ep_prune.cost import cost
 from ep_prune.embedding import Round
-from ep_prune.errors import EpPruneError, InputError, VerificationError
+from ep_prune.errors import EpPruneError, InputError
 from ep_prune.graph import Graph
-from ep_prune.numbering import Numbering, number_channels
+from ep_prune.numbering import number_channels
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
-from ep_prune.spaces import Space, spaces
+from ep_prune.spaces import spaces
 from ep_prune.trace import as_arguments, prepare, run, trace
-from ep_prune.verification import InFloat64, Verification, verify
-
-Axis = tuple[str, int]
+from ep_prune.trial import Axis, State, as_double, attempt_round, difference, frozen_slots, outputs_of, roll_back
+from ep_prune.verification import Verification, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +40,6 @@ class Result:
     plan: Plan
     report: Report
     verification: Verification
-
-
-@dataclass
-class _State:
-    """One model on its way to being narrow."""
-
-    model: nn.Module
-    graph: Graph
-    reference: list[tuple[Any, list[Tensor]]]
-    """Inputs in float64 and the wide model's outputs on them."""
-    limit: float
-    probes_given: bool
-    promised: list[Any]
-    """The probes that `tol` is a promise about: the user's, or synthetic ones."""
-    frozen: dict[Axis, str] = field(default_factory=dict)
-    rounds: list[Round] = field(default_factory=list)
-    records: dict[str, SpaceRecord] = field(default_factory=dict)
-    barriers: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -112,10 +91,11 @@ def reduce(
             before = cost(wide, example_inputs)
             state.frozen = _protected(state.graph, protect)
             _freeze_unseen_readers(state, example_inputs)
-            _exact_rounds(state, example_inputs, bar)
+            records = _Records()
+            _exact_rounds(state, records, example_inputs, bar)
             if tol > 0:
-                _bounded_round(state, example_inputs, tol, bar)
-                _exact_rounds(state, example_inputs, bar)
+                _bounded_round(state, records, example_inputs, tol, bar)
+                _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
             plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes))
             checked = verify(
@@ -134,12 +114,12 @@ def reduce(
                 checked.raise_if_different()
             checked = replace(checked, synthetic=given is None)
         report = Report(
-            spaces=tuple(state.records.values()),
+            spaces=tuple(records.spaces.values()),
             before=before,
             after=cost(state.model, example_inputs),
             grade="exact" if tol == 0 else "bounded",
             tol=tol,
-            barriers=dict(state.barriers),
+            barriers=records.barriers,
             untraced=state.graph.untraced,
             notes=tuple(notes),
             verification=checked,
@@ -171,57 +151,16 @@ def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | No
     return batches
 
 
-def _start(wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int) -> _State:
+def _start(wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int) -> State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     reference = []
     double = copy.deepcopy(wide).double()
     for batch in [example_inputs, *(promised if tol > 0 else [])]:
-        inputs = _double(batch)
-        reference.append((inputs, _outputs(double, inputs)))
+        inputs = as_double(batch)
+        reference.append((inputs, outputs_of(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
-    return _State(wide, trace(wide, example_inputs), reference, limit, given is not None, promised)
-
-
-def _double(inputs: Any) -> Any:
-    def cast(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return pytree.tree_map(cast, inputs)
-
-
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with InFloat64():  # a cast inside the model is no rounding of ours
-        found = run(model, inputs)
-    return [leaf for leaf in pytree.tree_leaves(_plain(found)) if isinstance(leaf, Tensor)]
-
-
-def _plain(output: Any) -> Any:
-    """Dataclasses as dicts of their fields."""
-    fields = getattr(output, "__dataclass_fields__", None)
-    return {key: getattr(output, key) for key in fields} if fields and not isinstance(output, dict) else output
-
-
-def _difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) -> float:
-    """Largest relative change of any output tensor over the reference inputs, in float64; inf on a failure."""
-    double = copy.deepcopy(model).double()
-    worst: dict[int, tuple[float, float]] = {}
-    for inputs, expected in reference:
-        try:
-            found = _outputs(double, inputs)
-        except InputError:
-            return float("inf")
-        if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in expected]:
-            return float("inf")
-        for place, (a, b) in enumerate(zip(expected, found, strict=True)):
-            if a.numel() == 0:
-                continue
-            change, size = worst.get(place, (0.0, 0.0))
-            new = float(
-                (a.double() - b.double()).abs().nan_to_num(0.0 if not a.isfinite().all() else torch.inf).max()
-            )
-            worst[place] = max(change, new), max(size, float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
-    return max((change / size if size else change for change, size in worst.values()), default=0.0)
+    return State(wide, trace(wide, example_inputs), reference, limit, given is not None, promised)
 
 
 def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -235,7 +174,7 @@ def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     return frozen
 
 
-def _freeze_unseen_readers(state: _State, example_inputs: Any) -> None:
+def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
     unseen = set(state.graph.untraced)
     if not unseen:
@@ -254,142 +193,79 @@ def _freeze_unseen_readers(state: _State, example_inputs: Any) -> None:
                     state.frozen[axis] = f"read in training mode by {port.node.layer}"
 
 
-def _frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:
-    found = [n.slots.bound[axis] for axis in frozen if axis in n.slots.bound]
-    return torch.cat(found) if found else None
-
-
-def _exact_rounds(state: _State, example_inputs: Any, bar: Any) -> None:
+def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
     while True:
         bar.set_postfix_str(f"round {len(state.rounds) + 1}")
         bar.update()
         numbering = number_channels(state.graph)
-        chosen = select(numbering, _frozen_slots(numbering, state.frozen))
-        step = to_round(chosen)
-        if step:
-            trial = _try(state, step, example_inputs)
-            if trial is None:
-                chosen, step = _roll_back(state, numbering, chosen, example_inputs)
-                trial = _try(state, step, example_inputs) if step else None
-        _note(state, numbering, chosen)
-        if not step or trial is None:
+        chosen = select(numbering, frozen_slots(numbering, state.frozen))
+        if not _settle(state, records, chosen, to_round(chosen), example_inputs):
             return
-        state.model, state.graph = trial
-        state.rounds.append(step)
 
 
-def _try(state: _State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph] | None:
-    """The narrow model and its graph, or None where it does not run, differs, or traces to something else."""
-    narrow = copy.deepcopy(state.model)
-    apply_round_(narrow, step)
-    if _difference(narrow, state.reference) > state.limit:
-        return None
-    try:
-        graph = trace(narrow, example_inputs)
-    except EpPruneError:
-        return None
-    same = [node.op for node in graph.nodes] == [node.op for node in state.graph.nodes]
-    return (narrow, graph) if same or _only_biases_added(state.graph, graph) else None
+def _settle(state: State, records: _Records, chosen: Selection, step: Round, example_inputs: Any) -> bool:
+    """Take one round, without the spaces that spoil it; False where nothing is left to take."""
+    outcome = attempt_round(state, step, example_inputs) if step else ""
+    if step and isinstance(outcome, str):
+        chosen, step = roll_back(state, chosen.numbering, chosen, example_inputs)
+        outcome = attempt_round(state, step, example_inputs) if step else ""
+    records.add(chosen, state.frozen)
+    if isinstance(outcome, str):
+        return False
+    state.model, state.graph = outcome
+    state.rounds.append(step)
+    return True
 
 
-def _only_biases_added(before: Graph, after: Graph) -> bool:
-    def calls(graph: Graph) -> list[str]:
-        return [node.op for node in graph.nodes if node.target is not None]
+@dataclass
+class _Records:
+    """What the report will say of each space, over all rounds."""
 
-    return calls(before) == calls(after)
+    spaces: dict[str, SpaceRecord] = field(default_factory=dict)
+    barriers: dict[str, str] = field(default_factory=dict)
 
-
-def _roll_back(
-    state: _State, numbering: Numbering, chosen: Selection, example_inputs: Any
-) -> tuple[Selection, Round]:
-    """Find, by bisection, spaces whose narrowing is at fault; freeze and name them."""
-    changed = [space for space in spaces(chosen) if space.after < space.before]
-
-    def attempt(free: Sequence[Space]) -> tuple[Selection, Round] | None:
-        names = {space.name for space in free}
-        held = [axis for space in changed if space.name not in names for axis in space.axes]
-        trial = select(numbering, _frozen_slots(numbering, [*state.frozen, *held]))
-        step = to_round(trial)
-        return (trial, step) if not step or _try(state, step, example_inputs) is not None else None
-
-    good, bad = _largest_good(changed, lambda free: attempt(free) is not None)
-    for space in bad:
-        for axis in space.axes:
-            state.frozen[axis] = (
-                f"rolled back: {space.name} did not verify when narrowed (a size written in the code)"
-            )
-    final = attempt(good)
-    if final is None:
-        raise VerificationError(
-            f"the narrow model differs and no single space is at fault; first of them {changed[0].name!r}: "
-            "protect it, and please report this model"
-        )
-    return final
+    def add(self, chosen: Selection, frozen: Mapping[Axis, str]) -> None:
+        """Bring the records up to date with one more round."""
+        self.barriers.update(chosen.numbering.barriers)
+        for space in spaces(chosen):
+            stayed = dict(space.stayed)
+            reasons = {frozen[axis] for axis in space.axes if axis in frozen}
+            if reasons and "rolled back or protected" in stayed:
+                stayed["; ".join(sorted(reasons))] = stayed.pop("rolled back or protected")
+            gone, before = dict(space.gone), space.before
+            if (record := self.spaces.get(space.name)) is not None:
+                gone = {kind: count + record.gone.get(kind, 0) for kind, count in gone.items()}
+                before = record.before
+            self.spaces[space.name] = SpaceRecord(space.name, space.producers, before, space.after, gone, stayed)
 
 
-def _largest_good(
-    items: Sequence[Space], good: Callable[[Sequence[Space]], bool]
-) -> tuple[list[Space], list[Space]]:
-    """Split items into those that can go together and those that spoil it: group testing, O(bad * log n) calls."""
-    accepted: list[Space] = []
-    refused: list[Space] = []
-
-    def add(part: Sequence[Space]) -> None:
-        if not part:
-            return
-        if good([*accepted, *part]):
-            accepted.extend(part)
-        elif len(part) == 1:
-            refused.extend(part)
-        else:
-            add(part[: len(part) // 2])
-            add(part[len(part) // 2 :])
-
-    add(list(items))
-    return accepted, refused
-
-
-def _note(state: _State, numbering: Numbering, chosen: Selection) -> None:
-    """Bring the report's records up to date with one more round."""
-    state.barriers.update(numbering.barriers)
-    for space in spaces(chosen):
-        record = state.records.get(space.name)
-        stayed = dict(space.stayed)
-        reasons = {state.frozen[axis] for axis in space.axes if axis in state.frozen}
-        if reasons and "rolled back or protected" in stayed:
-            stayed["; ".join(sorted(reasons))] = stayed.pop("rolled back or protected")
-        gone = dict(space.gone)
-        before = space.before
-        if record is not None:
-            gone = {kind: count + record.gone.get(kind, 0) for kind, count in gone.items()}
-            before = record.before
-        state.records[space.name] = SpaceRecord(space.name, space.producers, before, space.after, gone, stayed)
-
-
-def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> None:
+def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: float, bar: Any) -> None:
     """Grow the local threshold while the measured change of the output stays under `tol`; keep the narrowest.
 
     One threshold for all, grown by factors of 10 and refined by bisection. Synthetic probes do not reach what
     real inputs reach: without the user's own, the threshold, which bounds each channel's share of what batch
     norm recorded, must itself stay near `tol`.
     """
-    best: tuple[Selection, Round, nn.Module] | None = None
+    measured: dict[int, bool] = {}
 
-    def attempt(threshold: float) -> tuple[Selection, Round, nn.Module] | None:
+    def attempt(threshold: float) -> tuple[Selection, Round] | None:
         bar.set_postfix_str(f"threshold {threshold:.1e}")
         bar.update()
         numbering = number_channels(state.graph, threshold)
-        chosen = select(numbering, _frozen_slots(numbering, state.frozen))
+        chosen = select(numbering, frozen_slots(numbering, state.frozen))
         step = to_round(chosen)
-        narrow = copy.deepcopy(state.model)
-        if step:
+        kept = int(chosen.kept.sum())
+        if kept not in measured:  # a higher threshold that takes no more than the last one needs no new trial
+            narrow = copy.deepcopy(state.model)
             apply_round_(narrow, step)
-            if _difference(narrow, state.reference) > state.limit:
-                return None
-        return chosen, step, narrow
+            try:
+                measured[kept] = difference(narrow, state.reference) <= state.limit
+            except InputError:  # a size in the code: the exact trial below finds and names it
+                measured[kept] = True
+        return (chosen, step) if measured[kept] else None
 
     cap = 1.0 if state.probes_given else 10 * tol
-    low, high = 0.0, 0.0
+    best, low, high = None, 0.0, 0.0
     for threshold in [t for t in (10.0**e for e in range(-9, 0)) if t < cap] + [min(cap, 0.5)]:
         trial = attempt(threshold)
         if trial is None:
@@ -403,17 +279,8 @@ def _bounded_round(state: _State, example_inputs: Any, tol: float, bar: Any) -> 
             high = middle
         else:
             best, low = trial, middle
-    if best is None or not best[1]:
-        return
-    chosen, step, _ = best
-    done = _try(state, step, example_inputs)
-    if done is None:
-        chosen, step = _roll_back(state, chosen.numbering, chosen, example_inputs)
-        done = _try(state, step, example_inputs) if step else None
-    if done is not None:
-        _note(state, chosen.numbering, chosen)
-        state.model, state.graph = done
-        state.rounds.append(step)
+    if best is not None and best[1]:
+        _settle(state, records, *best, example_inputs)
 
 
 __all__ = ["Result", "reduce", "reduce_"]

@@ -114,11 +114,12 @@ class Report:
         axes.set_xlabel("channels")
         axes.set_xlim(0, 1.12 * max((space.before for space in shown), default=1))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
         axes.set_title(
             f"{self.before.parameters:,} -> {self.after.parameters:,} parameters, "
             f"outputs equal to {self.verification.difference:.1e} (float64, relative)",
             fontsize=10,
+            loc="left",
         )
         figure.savefig(path, dpi=150)
 

@@ -40,6 +40,9 @@ def save(result: Any, path: str | Path) -> None:
     partial = Path(f"{path}.partial")
     try:
         save_file(tensors, str(partial), metadata)
+        mask = os.umask(0)  # safetensors writes for the owner alone: give the file the mode of any other
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ep_prune as ep
-from ep_prune import pipeline
+from ep_prune import pipeline, trial
 from tests.planted import inputs, plant_layer_, randomize_, relative
 
 
@@ -407,7 +407,7 @@ def test_the_model_is_not_changed_by_a_failure(stage: str, place: str, monkeypat
 
     model = busy_model()
     before = snapshot(model)
-    monkeypatch.setattr(pipeline, stage, fail)
+    monkeypatch.setattr(trial if stage == "apply_round_" else pipeline, stage, fail)
     with pytest.raises(RuntimeError, match="half way"):
         getattr(ep, place)(model, X)
     unchanged(before, model)
@@ -429,7 +429,7 @@ def test_in_place_the_model_is_not_changed_where_the_narrow_one_differs(monkeypa
 
 def test_a_wrong_rewrite_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong in the prover, the narrow model is compared to the wide one before it is returned."""
-    honest = pipeline.apply_round_
+    honest = trial.apply_round_
 
     def wrong(model: nn.Module, step: Any) -> None:
         honest(model, step)
@@ -437,7 +437,7 @@ def test_a_wrong_rewrite_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> Non
             model[2].weight[0, 0] += 1e-6
 
     model = model_of()
-    monkeypatch.setattr(pipeline, "apply_round_", wrong)
+    monkeypatch.setattr(trial, "apply_round_", wrong)
     try:
         result = ep.reduce(model, X)
     except ep.VerificationError as error:

@@ -32,6 +32,7 @@ LAYERS = (
     "spaces",
     "verification",
     "plan",
+    "trial",
     "probes",
     "report",
     "pipeline",

@@ -347,9 +347,7 @@ def load_leopp(name: str) -> nn.Module:
 # Robust networks of locuslab/convex_adversarial and Verified-Intelligence/alpha-beta-CROWN.
 
 
-def conv_small(
-    channels: int, size: int, padding: int, activation: type[nn.Module] = nn.ReLU
-) -> nn.Sequential:
+def conv_small(channels: int, size: int, padding: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Two 4x4 convolutions at stride 2 (16, 32), a hidden linear layer of 100, 10 outputs; on size x size
     images."""
     for _ in range(2):

@@ -1,0 +1,167 @@
+"""One model on its way to being narrow: trials of a round, and what is rolled back when one fails.
+
+What the algebra cannot know is whether sizes written in the user's code (`view(-1, 512)`, `C // 4`) follow the
+narrow widths: every round is a hypothesis, tested by running and re-exporting the narrow copy. If it fails, the
+spaces at fault are found by bisection, left alone and named with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ep_prune.embedding import Round
+from ep_prune.errors import EpPruneError, InputError, VerificationError
+from ep_prune.graph import Graph
+from ep_prune.numbering import Numbering
+from ep_prune.rewrite import apply_round_
+from ep_prune.selection import Selection, select, to_round
+from ep_prune.spaces import Space, spaces
+from ep_prune.trace import run, trace
+from ep_prune.verification import InFloat64
+
+Axis = tuple[str, int]
+
+
+@dataclass
+class State:
+    """One model on its way to being narrow."""
+
+    model: nn.Module
+    graph: Graph
+    reference: list[tuple[Any, list[Tensor]]]
+    """Inputs in float64 and the wide model's outputs on them."""
+    limit: float
+    probes_given: bool
+    promised: list[Any]
+    """The probes that `tol` is a promise about: the user's, or synthetic ones."""
+    frozen: dict[Axis, str] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+
+
+def as_double(inputs: Any) -> Any:
+    """The inputs with floating tensors in float64."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(cast, inputs)
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors that a float64 model returns, in order."""
+    with InFloat64():  # a cast inside the model is no rounding of ours
+        found = run(model, inputs)
+    return [leaf for leaf in pytree.tree_leaves(_plain(found)) if isinstance(leaf, Tensor)]
+
+
+def _plain(output: Any) -> Any:
+    """Dataclasses as dicts of their fields."""
+    fields = getattr(output, "__dataclass_fields__", None)
+    return {key: getattr(output, key) for key in fields} if fields and not isinstance(output, dict) else output
+
+
+def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) -> float:
+    """Largest relative change of any output tensor over the reference inputs, in float64.
+
+    inf where shapes differ. Raises `InputError` where the model does not run.
+    """
+    double = copy.deepcopy(model).double()
+    worst: dict[int, tuple[float, float]] = {}
+    for inputs, expected in reference:
+        found = outputs_of(double, inputs)
+        if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in expected]:
+            return float("inf")
+        for place, (a, b) in enumerate(zip(expected, found, strict=True)):
+            if a.numel() == 0:
+                continue
+            change, size = worst.get(place, (0.0, 0.0))
+            new = float(
+                (a.double() - b.double()).abs().nan_to_num(0.0 if not a.isfinite().all() else torch.inf).max()
+            )
+            worst[place] = max(change, new), max(size, float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
+    return max((change / size if size else change for change, size in worst.values()), default=0.0)
+
+
+def frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:
+    """The slots of the named parameter axes, as far as this numbering has them."""
+    found = [n.slots.bound[axis] for axis in frozen if axis in n.slots.bound]
+    return torch.cat(found) if found else None
+
+
+def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph] | str:
+    """The narrow model and its graph, or why not: it does not run, differs, or exports to something else."""
+    narrow = copy.deepcopy(state.model)
+    apply_round_(narrow, step)
+    try:
+        change = difference(narrow, state.reference)
+    except InputError as error:
+        cause = error.__cause__ or error
+        return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
+    if change > state.limit:
+        return f"the output would change by {change:.1e} (relative, float64)"
+    try:
+        graph = trace(narrow, example_inputs)
+    except EpPruneError as error:
+        return f"the narrow model does not export ({error})"
+    calls, before = ([n.op for n in g.nodes if n.target is not None] for g in (graph, state.graph))
+    return (narrow, graph) if calls == before else "the narrow model would run other operators"
+
+
+def roll_back(
+    state: State, numbering: Numbering, chosen: Selection, example_inputs: Any
+) -> tuple[Selection, Round]:
+    """Find, by bisection, the spaces whose narrowing is at fault; freeze and name them."""
+    changed = [space for space in spaces(chosen) if space.after < space.before]
+    reasons: dict[str, str] = {}
+
+    def attempt(free: Sequence[Space]) -> tuple[Selection, Round] | None:
+        names = {space.name for space in free}
+        held = [axis for space in changed if space.name not in names for axis in space.axes]
+        trial = select(numbering, frozen_slots(numbering, [*state.frozen, *held]))
+        step = to_round(trial)
+        outcome = attempt_round(state, step, example_inputs) if step else None
+        if isinstance(outcome, str):
+            reasons[free[-1].name] = outcome
+            return None
+        return trial, step
+
+    good, bad = _largest_good(changed, lambda free: attempt(free) is not None)
+    for space in bad:
+        for axis in space.axes:
+            state.frozen[axis] = f"rolled back: {reasons[space.name]}"
+    final = attempt(good) if good else attempt([])
+    if final is None:
+        raise VerificationError(
+            f"the narrow model differs and no single space is at fault; first of them {changed[0].name!r}: "
+            "protect it, and please report this model"
+        )
+    return final
+
+
+def _largest_good(
+    items: Sequence[Space], good: Callable[[Sequence[Space]], bool]
+) -> tuple[list[Space], list[Space]]:
+    """Split items into those that can go together and those that spoil it: group testing, O(bad * log n) calls."""
+    accepted: list[Space] = []
+    refused: list[Space] = []
+
+    def add(part: Sequence[Space]) -> None:
+        if not part:
+            return
+        if good([*accepted, *part]):
+            accepted.extend(part)
+        elif len(part) == 1:
+            refused.extend(part)
+        else:
+            add(part[: len(part) // 2])
+            add(part[len(part) // 2 :])
+
+    add(list(items))
+    return accepted, refused
