@@ -112,7 +112,6 @@ class Numbering:
     _leaders: dict[tuple[object, ...], list[tuple[Dense | Sparse, Tensor, Tensor]]] = field(default_factory=dict)
     _on_axis: dict[tuple[object, ...], Channels] = field(default_factory=dict)
     _classes: dict[tuple[int, int], tuple[Classes, Tensor]] = field(default_factory=dict)
-    _loaded: dict[str, Tensor] = field(default_factory=dict)
 
     # ---- values -------------------------------------------------------------------------------------
 
