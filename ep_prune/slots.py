@@ -37,15 +37,12 @@ class Slots:
     """All slots of one numbering."""
 
     count: int = 0
-    owners: list[tuple[int, str]] = field(default_factory=list)
-    """First slot and name of every run of slots that was handed out, in order."""
     bound: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     constraints: list[EqualCounts | Groups] = field(default_factory=list)
     _unions: list[Tensor] = field(default_factory=list)
     _pins: list[tuple[Tensor, str]] = field(default_factory=list)
 
-    def fresh(self, count: int, owner: str) -> Tensor:
-        self.owners.append((self.count, owner))
+    def fresh(self, count: int) -> Tensor:
         self.count += count
         return torch.arange(self.count - count, self.count)
 
@@ -53,7 +50,7 @@ class Slots:
         """The slots of a parameter's axis, the same at every use of the parameter."""
         key = (tensor, axis)
         if key not in self.bound:
-            self.bound[key] = self.fresh(size, tensor)
+            self.bound[key] = self.fresh(size)
         return self.bound[key]
 
     def unify(self, a: Tensor, b: Tensor) -> None:
@@ -94,8 +91,3 @@ class Slots:
         for slots, reason in self._pins:
             found.setdefault(reason, []).append(roots[slots])
         return {reason: torch.unique(torch.cat(parts)) for reason, parts in found.items()}
-
-    def owner(self, slot: int) -> str:
-        starts = torch.tensor([start for start, _ in self.owners])
-        place = int(torch.searchsorted(starts, torch.tensor(slot), right=True)) - 1
-        return self.owners[place][1]

@@ -176,7 +176,7 @@ def _known_slots(
     count: int,
 ) -> Tensor:
     """Slots for a lifted tensor: free ones, tied to the axes of the parameter that runs along the channels."""
-    slots = n.slots.fresh(count, value.name or "constant")
+    slots = n.slots.fresh(count)
     if value.name is None or value.value.numel() == 1:
         return slots
     parameter = n.graph.tensors[value.name]

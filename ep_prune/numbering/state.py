@@ -162,7 +162,7 @@ class Numbering:
             else:
                 places = torch.arange(value.shape[axes[0]])
                 labels, atoms = along(axes[0], rank, places), mix(value.number, axes[0], places)
-            slots = self.slots.fresh(len(atoms), value.origin)
+            slots = self.slots.fresh(len(atoms))
             self.slots.pin(slots, f"comes from {value.origin}")
             self._on_axis[key] = self.record(Channels(value.shape, labels, Rows.of_atoms(atoms), slots))
         return self._on_axis[key]

@@ -215,7 +215,7 @@ def _pad(op: Pad, node: Node, n: Numbering) -> Value:
         order = x.labels.reshape(-1)
         ends = []
         for size in (op.before[axis], op.after[axis]):
-            slots = n.slots.fresh(size, f"padding in {node.where}")
+            slots = n.slots.fresh(size)
             n.slots.pin(slots, f"channels padded in by a size written in the code, {node.where}")
             ends.append((Rows.constants(torch.full((size,), op.value, dtype=torch.float64)), slots))
         (head, head_slots), (tail, tail_slots) = ends

@@ -131,7 +131,7 @@ class Widening:
         if len(value.axes()) > 1:
             raise self.stuck(roots)
         source, slot = self._expand(roots)
-        wide = Wide(source, slot, self.signs.fresh(len(slot), ""), self.sizes.fresh(len(slot), ""))
+        wide = Wide(source, slot, self.signs.fresh(len(slot)), self.sizes.fresh(len(slot)))
         still = self.calm[slot]
         self.signs.pin(wide.sign[still], "calm")
         self.sizes.pin(wide.size[slot < self.n.slots.count], "not widened")
