@@ -7,196 +7,261 @@ program point p of the space
 
 What d and e may be follows from the operations between the points (`widen_rules`): batch norm gives any scale,
 an activation lets through its symmetry, a sum needs equal scales. Where a weight consumes the space, the wide
-weight is any solution of W' T = diag(r) W[pi], with W' t = 0 on the taps that can fall on zero padding; elsewhere
-the bias takes -W' t. `embed` draws all of it at random: the *general compatible embedding* of Zhang, Li, Zhang,
-Luo, Xu (JML 2022), with the scales and signs that each activation admits. Splitting embeddings (copies, d = 1)
-and null embeddings are special cases.
+weight is any solution of the *forward condition* W' T = diag(r) W[pi], with W' t = 0 on the taps that can fall on
+zero padding; elsewhere the bias takes -W' t. The output is the same.
 
-Left as they are: spaces with pinned channels (inputs, outputs, what a barrier reads, sizes written in code),
-channels of grouped convolutions other than depthwise ones, and weights that are used twice.
+Critical points stay critical under the *backward condition* as well: with T B' = the left inverse made of the
+shares g_j that the copies take of their channel's outgoing weight (1 in sum, 0 for nulls), B_out' W' = W B_in', so
+that the gradient at every wide channel is g_j / d_j times the narrow one. All solutions of both are
+
+    W' = T_out W B_in' + (1 - T_out B_out') Z (1 - T_in B_in'),          any Z.
+
+The kinds (Zhang, Zhang, Luo, Xu, NeurIPS 2021; Zhang, Li, Zhang, Luo, Xu, JML 2022):
+
+    splitting    copies; d = 1, Z = 0
+    threefold    every channel three times, with shares 1, 1, -1 (three-fold global splitting)
+    null         neurons that read nothing, and that nothing reads; Z = 0
+    compatible   both, with the scales and signs that each activation admits, shares and Z at random
+
+A point is critical for the loss as a function of the trainable parameters, in evaluation mode.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from ep_prune.errors import InputError
-from ep_prune.graph import Contract, Graph, Node, Normalize, Operation, Slope
-from ep_prune.numbering import Numbering, number_channels
+from ep_prune.graph import Node, Operation
+from ep_prune.numbering import Numbering
 from ep_prune.rewrite import resize_
-from ep_prune.rules import kind_of
-from ep_prune.slots import EqualCounts, Groups
 from ep_prune.trace import prepare, run, trace
-from ep_prune.widen_rules import Pull, Stuck, Widening, walk
+from ep_prune.widen_report import EmbedReport, report_on
+from ep_prune.widen_rules import Draws, Mode, Pull, Stuck, Widening, walk
+from ep_prune.widen_spaces import WideSpace, numbered, open_spaces
 
-KINDS = ("splitting", "null", "compatible")
-
-
-@dataclass(frozen=True)
-class WideSpace:
-    """A space that can be widened: `members` (k,) are its slots' roots, in order."""
-
-    name: str
-    members: Tensor
+KINDS = ("splitting", "threefold", "null", "compatible")
 
 
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """What was asked for: the kind, which condition, and given shares."""
+
+    kind: str
+    critical: bool
+    coefficients: Mapping[str, Tensor]
+    widths: dict[str, int]
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self.kind == "compatible", self.critical)
+
+
+@overload
 def embed(
     model: nn.Module,
     example_inputs: Any,
     *,
-    factor: float = 1.5,
     widths: Mapping[str, int] | None = None,
     kind: str = "compatible",
+    critical: bool = True,
+    coefficients: Mapping[str, Tensor] | None = None,
+    factor: float = 1.5,
     seed: int = 0,
-) -> nn.Module:
+    full_output: Literal[True],
+) -> tuple[nn.Module, EmbedReport]: ...
+@overload
+def embed(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    widths: Mapping[str, int] | None = None,
+    kind: str = "compatible",
+    critical: bool = True,
+    coefficients: Mapping[str, Tensor] | None = None,
+    factor: float = 1.5,
+    seed: int = 0,
+    full_output: Literal[False] = False,
+) -> nn.Module: ...
+def embed(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    widths: Mapping[str, int] | None = None,
+    kind: str = "compatible",
+    critical: bool = True,
+    coefficients: Mapping[str, Tensor] | None = None,
+    factor: float = 1.5,
+    seed: int = 0,
+    full_output: bool = False,
+) -> nn.Module | tuple[nn.Module, EmbedReport]:
     """A wider copy of `model`, of the same class, that computes the same function.
 
-    `factor`: every space of k channels gets max(k + 1, round(factor * k)); `widths` names the spaces to widen
-    and their widths instead (a space goes by the first layer that writes to it, see `widenable`). `kind`:
-    "splitting" (copies), "null" (constant channels) or "compatible" (both, with scales, signs and offsets).
-    Exact in real arithmetic; use a float64 model to keep it so to rounding. Raises `InputError`.
+    Args:
+        model: any `nn.Module` that torch.export takes. It is not changed. Use a float64 model to keep the output
+            to rounding.
+        example_inputs: as for `reduce`.
+        widths: {space: width}, the spaces to widen. A space goes by the first layer that writes to it (see
+            `widenable`). Without it, every space that can be widened.
+        kind: "splitting", "threefold", "null" or "compatible" (this module's docstring).
+        critical: keep critical points critical (backward condition). Without it, outgoing weights are any solution
+            of the forward condition, entry by entry.
+        coefficients: {space: (n, k) tensor} for a splitting embedding: entry (j, i) is the share that wide channel
+            j takes of the outgoing weight of narrow channel i. At most one entry a row is not 0, columns sum to 1
+            (forward condition); a row of zeros is a null neuron.
+        factor: without widths, a space of k channels gets max(k + 1, round(factor * k)).
+        seed: of all that is drawn.
+        full_output: return (wide, report); the report has the embeddings, what was left alone and why, and the
+            dimension of the critical manifold.
+
+    Raises:
+        InputError: a width smaller than the model's, a space that does not exist or cannot be widened so,
+            coefficients that violate the forward condition. Nothing is built then.
+        TraceError: the model cannot be exported.
     """
-    if kind not in KINDS:
-        raise InputError(f"no embedding of kind {kind!r}: choose one of {', '.join(KINDS)}")
-    if not factor >= 1:
-        raise InputError(f"a factor of {factor} does not widen: pass one of at least 1")
     wide, _ = prepare(model)
-    n, kinds = _numbered(trace(wide, example_inputs))
-    spaces = _spaces(n, kinds)
-    chosen = _widths(spaces, factor, widths)
-    blocked: set[str] = set()
-    calm: set[str] = set()
-    while True:
-        open_spaces = [space for space in spaces if space.name in chosen and space.name not in blocked]
-        generator = torch.Generator().manual_seed(seed)
-        pulls = [_pull(space, chosen[space.name], kind, generator) for space in open_spaces]
-        work = Widening(n, kinds, pulls, frozenset(calm), kind == "compatible", generator)
-        try:
-            new, groups = walk(work)
-            break
-        except Stuck as stuck:
-            assert stuck.spaces, "an attempt fails over some space"
-            blocked |= stuck.spaces & (calm if stuck.may_calm else stuck.spaces)
-            calm |= stuck.spaces
-    if widths is not None and blocked:
-        name = min(blocked)
-        raise InputError(f"the space {name!r} cannot be widened in this network: leave it out of widths")
-    resize_(wide, {name: value.to(n.graph.tensors[name]) for name, value in new.items()}, groups)
+    n, kinds = numbered(trace(wide, example_inputs))
+    spaces = open_spaces(n, kinds)
+    order = _order(spaces, widths, kind, critical, coefficients, factor)
+    work, draws, refused = _attempts(n, kinds, spaces, order, seed)
+    if widths is not None or coefficients:
+        for name, reason in refused.items():
+            raise InputError(
+                f"the space {name!r} cannot be widened so: {reason}; leave it out, or try another kind"
+            )
+    resize_(wide, {name: value.to(n.graph.tensors[name]) for name, value in work.new.items()}, work.groups)
     try:
         run(wide, example_inputs)
     except InputError as error:
         raise InputError(f"the model's code holds on to a width: {error}") from error
     for narrow_module, wide_module in zip(model.modules(), wide.modules(), strict=False):
         wide_module.training = narrow_module.training
-    return wide
+    if not full_output:
+        return wide
+    trainable = {name for name, parameter in wide.named_parameters() if parameter.requires_grad}
+    return wide, report_on(work, draws, refused, order.kind, trainable)
 
 
 def widenable(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """The spaces that `embed` can widen, with their widths."""
     narrow, _ = prepare(model)
-    n, kinds = _numbered(trace(narrow, example_inputs))
-    return {space.name: len(space.members) for space in _spaces(n, kinds)}
+    n, kinds = numbered(trace(narrow, example_inputs))
+    return {space.name: len(space.members) for space in open_spaces(n, kinds)}
 
 
-def _numbered(graph: Graph) -> tuple[Numbering, dict[Node, Operation]]:
-    """The numbering, with the two sides of every depthwise convolution tied: its channels widen together."""
-    n = number_channels(graph)
-    for constraint in n.slots.constraints:
-        if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
-            n.slots.unify(constraint.inputs.expand_as(constraint.outputs), constraint.outputs)
-    called = [node for node in graph.nodes if node.tensor is None and node.target is not None]
-    return n, {node: kind_of(node, graph) for node in called}
+def _attempts(
+    n: Numbering, kinds: Mapping[Node, Operation], spaces: list[WideSpace], order: _Order, seed: int
+) -> tuple[Widening, Draws, dict[str, str]]:
+    """Walk until nothing is stuck: a space that is goes without signs and offsets, then not at all."""
+    refused: dict[str, str] = {}
+    calm: set[str] = set()
+    while True:
+        chosen = [space for space in spaces if space.name in order.widths and space.name not in refused]
+        draws = Draws(torch.Generator().manual_seed(seed))
+        pulls = [_pull(space, order, space.name in calm, draws.generator) for space in chosen]
+        work = Widening(n, kinds, pulls, frozenset(calm), order.mode, draws)
+        try:
+            walk(work)
+            return work, draws, refused
+        except Stuck as stuck:
+            assert stuck.spaces, "an attempt fails over some space"
+            lost = stuck.spaces & calm if stuck.may_calm else stuck.spaces
+            refused |= dict.fromkeys(lost, stuck.reason)
+            calm |= stuck.spaces
 
 
-def _spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace]:
-    """Sets of channels that run along the same parameter axes, and may all be widened."""
-    roots = n.slots.roots()
-    fixed = n.slots.pinned(roots)
-    plain = _plainly_used(n, kinds)
-    code = torch.zeros(n.slots.count, dtype=torch.int64)
-    draw = torch.Generator().manual_seed(0)
-    for (name, _), slots in n.slots.bound.items():
-        own = torch.unique(roots[slots])
-        code[own] += torch.randint(2**62, (1,), generator=draw)  # a hash of the set of axes
-        if name not in plain:
-            fixed[own] = True
-    for constraint in n.slots.constraints:
-        if isinstance(constraint, EqualCounts):
-            for section in constraint.sections:
-                fixed[roots[section]] = True
-        elif isinstance(constraint, Groups) and constraint.inputs.shape[1] > 1:
-            fixed[roots[constraint.inputs]] = True
-            fixed[roots[constraint.outputs]] = True
-    found: dict[str, WideSpace] = {}
-    taken: set[int] = set()
-    for op in kinds.values():
-        if not isinstance(op, Contract):
-            continue
-        name = str(op.weight.tensor)
-        axis = -1 if op.layout.groups > 1 else int(op.layout.inputs_first)
-        if (name, axis) not in n.slots.bound:
-            continue
-        own = torch.unique(roots[n.slots.bound[(name, axis)]])
-        for key in torch.unique(code[own]).tolist():
-            members = own[code[own] == key]
-            if key in taken or bool(fixed[members].any()):
-                continue
-            taken.add(key)
-            base = name.rpartition(".")[0] or name
-            labels = itertools.chain([base], (f"{base}:{k}" for k in itertools.count(1)))
-            label = next(label for label in labels if label not in found)
-            found[label] = WideSpace(label, members)
-    return list(found.values())
-
-
-def _plainly_used(n: Numbering, kinds: Mapping[Node, Operation]) -> set[str]:
-    """Tensors that exactly one operation reads, under one name, in a role whose algebra is known here."""
-    reads: dict[str, int] = {}
-    roles: set[str] = set()
-    for node, op in kinds.items():
-        for operand in node.operands():
-            if operand.tensor is not None:
-                reads[operand.tensor] = reads.get(operand.tensor, 0) + 1
-        if isinstance(op, Contract):
-            parts: Iterable[Node | None] = (op.weight, op.bias)
-        elif isinstance(op, Normalize) and op.weight is not None and op.bias is not None:
-            parts = (op.weight, op.bias, op.mean, op.variance)
-        elif isinstance(op, Slope):
-            parts = (op.slope,)
-        else:
-            continue
-        roles |= {part.tensor for part in parts if part is not None and part.tensor is not None}
-    return {name for name in roles if reads[name] == 1 and len(n.graph.aliases.get(name, (name,))) == 1}
-
-
-def _widths(spaces: list[WideSpace], factor: float, widths: Mapping[str, int] | None) -> dict[str, int]:
+def _order(
+    spaces: list[WideSpace],
+    widths: Mapping[str, int] | None,
+    kind: str,
+    critical: bool,
+    coefficients: Mapping[str, Tensor] | None,
+    factor: float,
+) -> _Order:
+    """What was asked for, checked."""
+    if kind not in KINDS:
+        raise InputError(f"no embedding of kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if not factor >= 1:
+        raise InputError(f"a factor of {factor} does not widen: pass one of at least 1")
     narrow = {space.name: len(space.members) for space in spaces}
+    given = {name: _shares(name, value, narrow) for name, value in (coefficients or {}).items()}
+    if given and (kind != "splitting" or not critical):
+        raise InputError(f"coefficients are those of a splitting embedding: pass kind='splitting', not {kind!r}")
+    if widths is None and given:
+        widths = {name: len(value) for name, value in given.items()}
     if widths is None:
-        return {name: max(k + 1, round(factor * k)) for name, k in narrow.items()} if factor > 1 else {}
+        if kind == "threefold":
+            chosen = {name: 3 * k for name, k in narrow.items()}
+        else:
+            chosen = {name: max(k + 1, round(factor * k)) for name, k in narrow.items()} if factor > 1 else {}
+        return _Order(kind, critical, given, chosen)
     for name, width in widths.items():
-        if name not in narrow:
-            raise InputError(f"no space {name!r} that can be widened: choose among {', '.join(narrow) or 'none'}")
+        _known(name, narrow)
         if width < narrow[name]:
             raise InputError(
                 f"the space {name!r} has {narrow[name]} channels: pass a width of at least that, not {width}"
             )
-    return {name: width for name, width in widths.items() if width > narrow[name]}
+        if kind == "threefold" and width not in (narrow[name], 3 * narrow[name]):
+            raise InputError(f"three-fold splitting makes {3 * narrow[name]} channels of the space {name!r}")
+        if name in given and len(given[name]) != width:
+            raise InputError(f"the coefficients of {name!r} are for {len(given[name])} channels, not {width}")
+    return _Order(kind, critical, given, {name: width for name, width in widths.items() if width > narrow[name]})
 
 
-def _pull(space: WideSpace, width: int, kind: str, generator: torch.Generator) -> Pull:
-    """A random map of `width` wide channels onto the space's own and null (-1)."""
-    k = len(space.members)
+def _known(name: str, narrow: Mapping[str, int]) -> None:
+    if name not in narrow:
+        raise InputError(f"no space {name!r} that can be widened: choose among {', '.join(narrow) or 'none'}")
+
+
+def _shares(name: str, value: Tensor, narrow: Mapping[str, int]) -> Tensor:
+    """Coefficients (n, k) of one space, checked."""
+    _known(name, narrow)
+    shares = torch.as_tensor(value, dtype=torch.float64).detach()
+    k = narrow[name]
+    if shares.ndim != 2 or shares.shape[1] != k or len(shares) < k:
+        raise InputError(f"the coefficients of {name!r} have shape {tuple(shares.shape)}: pass (width, {k})")
+    if bool(((shares != 0).sum(1) > 1).any()):
+        raise InputError(f"a row of the coefficients of {name!r} has two entries: a copy is of one channel")
+    off = float((shares.sum(0) - 1).abs().max())
+    if not off <= 1e-12:
+        raise InputError(f"the coefficients of {name!r} violate the forward condition: columns must sum to 1")
+    return shares
+
+
+def _pull(space: WideSpace, order: _Order, calm: bool, generator: torch.Generator) -> Pull:
+    """A map of wide channels onto the space's own and null (-1): given, or at random."""
+    k, width = len(space.members), order.widths[space.name]
+    if space.name in order.coefficients:
+        shares = order.coefficients[space.name]
+        pi = torch.where((shares != 0).any(1), (shares != 0).long().argmax(1), -1)
+        return Pull(space.name, space.members, pi, _first_copies(pi, k), shares.sum(1), varied=False)
+    if order.kind == "threefold":
+        pi = torch.arange(k).repeat(3)
+        share = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64).repeat_interleave(k)
+        return Pull(space.name, space.members, pi, torch.arange(3 * k) < k, share, varied=False)
     extra = torch.randint(k, (width - k,), generator=generator)
-    if kind == "null":
+    nulls = torch.rand(width - k, generator=generator) < 0.4
+    if order.kind == "null":
         extra[:] = -1
-    elif kind == "compatible":
-        extra[torch.rand(width - k, generator=generator) < 0.4] = -1
+    elif order.kind == "compatible" and not (calm and order.critical):  # a calm space may have no room for nulls
+        extra[nulls] = -1
     pi = torch.cat([torch.arange(k), extra])
-    order = torch.randperm(width, generator=generator)
-    return Pull(space.name, space.members, pi[order], (torch.arange(width) < k)[order])
+    moved = torch.randperm(width, generator=generator)
+    pi, plain = pi[moved], (torch.arange(width) < k)[moved]
+    count = torch.bincount(pi + 1, minlength=k + 1).double()
+    share = torch.where(pi >= 0, 1 / count[pi + 1], 0.0)
+    return Pull(space.name, space.members, pi, plain, share)
+
+
+def _first_copies(pi: Tensor, k: int) -> Tensor:
+    """(n,) bool: the first copy of every narrow channel."""
+    here = torch.arange(len(pi))
+    first = torch.full((k + 1,), len(pi)).scatter_reduce_(0, pi + 1, here, "amin")
+    return (here == first[pi + 1]) & (pi >= 0)
+
+
+__all__ = ["KINDS", "embed", "widenable"]

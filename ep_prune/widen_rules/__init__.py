@@ -5,7 +5,8 @@ and `settle` walks again, carries the offsets e, and writes the wide parameters.
 `Stuck`: `embed` tries the space again without signs and offsets, and leaves it alone if that fails too.
 """
 
-from ep_prune.widen_rules.state import Pull, Stuck, Widening
+from ep_prune.widen_rules.draws import Draws
+from ep_prune.widen_rules.state import Mode, Pull, Stuck, Wide, Widening
 from ep_prune.widen_rules.walk import walk
 
-__all__ = ["Pull", "Stuck", "Widening", "walk"]
+__all__ = ["Draws", "Mode", "Pull", "Stuck", "Wide", "Widening", "walk"]

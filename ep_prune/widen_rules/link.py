@@ -44,7 +44,7 @@ def link(op: Operation, node: Node, w: Widening) -> None:
     """Tie the scale variables before and after an operation. Raises `Stuck`."""
     if isinstance(op, Barrier) and node.op == "aten._assert_tensor_metadata":
         return
-    raise w.stuck_at(node, *node.operands())
+    raise w.stuck_at(node, *node.operands(), reason="no rule to widen this operation")
 
 
 @link.register(Pass)
@@ -56,7 +56,7 @@ def _(op: Pass | Item, node: Node, w: Widening) -> None:
 @link.register
 def _(op: Stencil, node: Node, w: Widening) -> None:
     if not op.keeps_constants:
-        raise w.stuck_at(op.x, node)
+        raise w.stuck_at(node, op.x, reason="a constant does not stay one")
     w.same(op.x, node)
 
 
@@ -77,7 +77,7 @@ def _(op: Sum, node: Node, w: Widening) -> None:
 def _(op: Product, node: Node, w: Widening) -> None:
     tensors = [side for side in (op.x, op.y) if isinstance(side, Node) and w.number(side) is None]
     if (op.divide and w.number(op.y) is None) or w.factor(op) == 0:
-        raise w.stuck_at(node, *node.operands())
+        raise w.stuck_at(node, *node.operands(), reason="division by channels")
     for side in tensors:
         w.same(side, node)
     if len(tensors) == 2:
@@ -102,29 +102,30 @@ def _(op: Normalize, node: Node, w: Widening) -> None:
 @link.register
 def _(op: Contract, node: Node, w: Widening) -> None:
     groups, _, inputs, _ = op.layout.canonical(w.tensor(op.weight)).shape
-    if op.x in w.wide:
-        rows = int(w.wide[op.x].source.max()) + 1
+    x, out = w.wide.get(op.x), w.wide.get(node)
+    if x is not None:
+        rows = int(x.source.max()) + 1
         if rows != groups * inputs or (groups > 1 and inputs > 1):
-            raise w.stuck_at(op.x, node)
-    bound = op.bias is None and not (node in w.wide and w.before_norm(node))
-    padded = not all(op.layout.interior)
+            raise w.stuck_at(node, op.x, reason="a grouped weight, or inputs that are not its channels")
     if groups > 1:
-        if op.x not in w.wide or node not in w.wide:
-            raise w.stuck_at(op.x, node)
-        if padded:
-            w.rigid.append(w.wide[op.x].sign)
-    elif op.x in w.wide and (padded or bound):  # W' t = 0 leaves W[pi] only to a copy without offset
-        x = w.wide[op.x]
-        w.rigid.append(x.sign[w.plain[x.slot]])
-    if node in w.wide and bound:
-        w.rigid.append(w.wide[node].sign)
+        if x is None or out is None:
+            raise w.stuck_at(node, op.x, reason="a depthwise weight whose two sides differ")
+        if not all(op.layout.interior):
+            w.rigid.append(x.sign)
+    elif x is not None and not w.passes_constants(op, node):
+        # W' t = 0 leaves W[pi] only to a copy without offset; the backward condition asks for no offset at all.
+        w.rigid.append(x.sign if w.critical else x.sign[w.plain[x.slot]])
+        if w.critical:
+            w.silent[x.slot[x.null]] = True
+    if out is not None and not w.has_room(op, node):
+        w.rigid.append(out.sign)
 
 
 @link.register
 def _(op: Move, node: Node, w: Widening) -> None:
     (x,) = op.inputs
     if x not in w.wide or node not in w.wide:
-        raise w.stuck_at(x, node)
+        raise w.stuck_at(node, x, reason="channels that are moved among others")
     before, after = w.wide[x].slot, w.wide[node].slot
     out = torch.arange(len(after))
     if torch.equal(before, after):
@@ -134,14 +135,14 @@ def _(op: Move, node: Node, w: Widening) -> None:
         place[before] = torch.arange(len(before))
         into = place[after]
         if len(torch.unique(before)) < len(before) or bool((into < 0).any()):
-            raise w.stuck_at(x, node)
+            raise w.stuck_at(node, x, reason="channels that are repeated or dropped")
     _link_moved(w, node, [(x, out, into)])
 
 
 @link.register
 def _(op: Cat, node: Node, w: Widening) -> None:
     if node not in w.wide or op.stack:
-        raise w.stuck_at(node, *op.inputs)
+        raise w.stuck_at(node, *op.inputs, reason="stacked channels")
     slot = w.wide[node].slot
     parts, start = [], 0
     for x in op.inputs:
@@ -150,10 +151,10 @@ def _(op: Cat, node: Node, w: Widening) -> None:
         start += size
         if x in w.wide:
             if start > len(slot) or not torch.equal(slot[out], w.wide[x].slot):
-                raise w.stuck_at(node, *op.inputs)
+                raise w.stuck_at(node, *op.inputs, reason="joined channels that do not lie in order")
             parts.append((x, out, torch.arange(size)))
     if start != len(slot):
-        raise w.stuck_at(node, *op.inputs)
+        raise w.stuck_at(node, *op.inputs, reason="joined channels that do not lie in order")
     _link_moved(w, node, parts)
 
 

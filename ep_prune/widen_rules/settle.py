@@ -1,8 +1,11 @@
 """Offsets carried through each operation, and the wide parameters that follow.
 
 batch norm   g' (x' - m') / s' + b' = d (g (x - m) / s + b) + e, with m' and s' at random
-weights      W' T = diag(d) W[pi], and W' t = 0 on taps that can fall on zero padding: with A = [T, t],
-             W' = W0 + (R - W0 A) A^+, W0 at random; through the other taps the bias takes -W' t
+weights      forward condition: W' T = R, with R = diag(d) W[pi], and W' t = 0 on taps that can fall on zero
+             padding; through the other taps the bias takes -W' t. With A = [T, t] and any left inverse A' of it,
+             W' = R A' + Z (1 - A A'), Z at random.
+             backward condition: B_out' W' = W B_in', for which A' = B_in' and Z is kept from the left by
+             1 - T_out B_out'. Without Z, W' = T_out W B_in': a splitting or null embedding
 depthwise    wide channel j reads wide channel j: W'_j = W_pi(j) d_out / d_in
 """
 
@@ -95,7 +98,7 @@ def _(op: Slope, node: Node, w: Widening) -> None:
     w.need(op.x, torch.zeros_like(x.d))
     slope = w.tensor(op.slope)
     if slope.numel() > 1:
-        slope = _pulled(slope, rows, w.uniform(len(rows.d), 0, 1))
+        slope = _pulled(slope, rows, w.draws.uniform(f"{node.name} slope", len(rows.d)).abs())
         w.new[str(op.slope.tensor)] = slope
     rows.e = x.offset.clamp_min(0) + slope * x.offset.clamp_max(0)
 
@@ -109,20 +112,22 @@ def _(op: Normalize, node: Node, w: Widening) -> None:
     gain, shift, mean, variance = (
         _pulled(w.tensor(part), rows, other)
         for part, other in (
-            (op.weight, w.normal(count)),
-            (op.bias, w.normal(count)),
-            (op.mean, w.normal(count)),
-            (op.variance, w.uniform(count, 0.5, 2)),
+            (op.weight, w.draws.normal(f"{node.name} gain", count)),
+            (op.bias, w.draws.normal(f"{node.name} shift", count)),
+            (op.mean, w.draws.normal(f"{node.name} mean of nulls", count, fixed=True)),
+            (op.variance, 2 ** w.draws.uniform(f"{node.name} variance of nulls", count, fixed=True)),
         )
     )
     e = w.produce(node)
-    wide_variance = variance * 4 ** w.uniform(count, -1, 1) if w.general else variance
+    moments = [
+        draw(f"{node.name} {name}", count, vary=w.general, fixed=True)
+        for draw, name in ((w.draws.uniform, "variance"), (w.draws.normal, "mean"))
+    ]
+    wide_variance = variance * 4 ** moments[0]
     deviation, wide_deviation = (variance + op.eps).sqrt(), (wide_variance + op.eps).sqrt()
     anything = x.offset.isnan()
     e_in = x.offset.nan_to_num(0.0)
-    wide_mean = x.d * mean + e_in
-    if w.general:
-        wide_mean = wide_mean + 0.5 * w.normal(count) * wide_deviation
+    wide_mean = x.d * mean + e_in + 0.5 * moments[1] * wide_deviation
     into = torch.where(rows.null, 1.0, x.d)
     wide_gain = torch.where(rows.null, gain, rows.d * gain * wide_deviation / (deviation * into))
     wide_gain = torch.where(anything, 0.0, wide_gain)
@@ -153,27 +158,23 @@ def _(op: Contract, node: Node, w: Widening) -> None:
 
 
 def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None, rows: Wide | None) -> Tensor:
-    """A random W' (N_out, N_in, taps) with W' T = diag(r) W[pi] and, where constants may not pass, W' t = 0.
-
-    With A = [T, t], or T alone: W' = W0 + (R - W0 A) A^+, W0 at random.
-    """
+    """W' (N_out, N_in, taps): the forward condition and, in critical mode, the backward one."""
     outputs, inputs, taps = weight.shape
     scale = torch.ones(outputs, dtype=torch.float64) if rows is None else rows.d
     target = weight if rows is None else weight[rows.source.clamp_min(0)] * scale.reshape(-1, 1, 1)
     anything = torch.zeros(len(scale), dtype=torch.bool)
     if rows is not None and w.general and w.before_norm(node):
-        anything = rows.null & (w.uniform(len(scale), 0, 1) < 0.3)
+        anything = rows.null & w.draws.chance(f"{node.name} anything", len(scale), 0.3)
     T, t = _matrix(x, inputs)
-    passes = torch.tensor(op.layout.interior)
-    if op.bias is None and not (rows is not None and w.before_norm(node)):
-        passes = torch.zeros_like(passes)
+    passes = torch.tensor(op.layout.interior) & w.has_room(op, node)
     size = weight.square().mean().sqrt()
-    draw = w.normal(len(scale), len(T), taps) * size
+    mixed = w.general or not w.critical
+    draw = w.draws.normal(f"{node.name} mix", len(scale), len(T), taps, vary=mixed) * size
+    if w.critical:
+        draw = _unseen_behind(draw, rows, outputs)
     wide = torch.empty_like(draw)
     for chosen, A, wanted in _systems(T, t, target, passes):
-        if torch.linalg.cond(A) > 1e4:
-            raise w.stuck_at(op.x, may_calm=True)
-        inverse = torch.linalg.pinv(A)
+        inverse = _left_inverse(A, x, node, op, w)
         part = draw[:, :, chosen].transpose(1, 2)
         if x is None:
             part = wanted
@@ -182,7 +183,7 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
                 part = part + (wanted - part @ A) @ inverse
         wide[:, :, chosen] = part.transpose(1, 2)
     wide = torch.where(wide.abs() <= 1e-14 * size, 0.0, wide)  # zero but for rounding
-    wide[anything] = w.normal(*wide[anything].shape) * size
+    wide[anything] = w.draws.normal(f"{node.name} junk", *wide.shape)[anything] * size
     sent = torch.einsum("oit,i->o", wide[:, :, passes], t)
     if rows is not None:
         rows.e = w.produce(node) if op.bias is not None else torch.where(passes.any(), sent, 0.0)
@@ -197,11 +198,31 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
     return wide
 
 
+def _unseen_behind(draw: Tensor, rows: Wide | None, outputs: int) -> Tensor:
+    """(1 - T B') Z for the outputs: what no gradient from behind sees."""
+    if rows is None:
+        return torch.zeros_like(draw)
+    T, inverse = rows.matrix(outputs), rows.left_inverse(outputs)
+    return draw - (T @ (inverse @ draw.flatten(1))).reshape(draw.shape)
+
+
+def _left_inverse(A: Tensor, x: Wide | None, node: Node, op: Contract, w: Widening) -> Tensor:
+    """A' with A' A = 1: the one of the backward condition, or the shortest one."""
+    if w.critical and x is not None:
+        if A.shape[1] > int(x.source.max()) + 1:
+            raise w.stuck_at(node, op.x, reason="a constant that neither vanishes nor has a bias", may_calm=True)
+        return x.left_inverse(A.shape[1])
+    if torch.linalg.cond(A) > 1e4:
+        raise w.stuck_at(node, op.x, reason="constants too small to cancel one another", may_calm=True)
+    inverse: Tensor = torch.linalg.pinv(A)
+    return inverse
+
+
 def _systems(T: Tensor, t: Tensor, target: Tensor, passes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(taps, A, R) for the taps through which constants may pass, and for the others."""
     found = []
     wanted = target.transpose(1, 2)
-    cancel = bool((t != 0).any())
+    cancel = bool((t.abs() > 1e-14).any())
     for some, A in ((passes, T), (~passes, torch.cat([T, (t / t.norm()).unsqueeze(1)], 1) if cancel else T)):
         if not bool(some.any()):
             continue
@@ -216,10 +237,7 @@ def _matrix(x: Wide | None, inputs: int) -> tuple[Tensor, Tensor]:
     """T (N, K) and t (N,) of a weight's input."""
     if x is None:
         return torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64)
-    T = torch.zeros(len(x.d), inputs, dtype=torch.float64)
-    real = (~x.null).nonzero().squeeze(1)
-    T[real, x.source[real]] = x.d[real]
-    return T, x.offset
+    return x.matrix(inputs), x.offset
 
 
 def _depthwise(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide, rows: Wide) -> Tensor:
@@ -231,16 +249,16 @@ def _depthwise(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide, r
     out_d, null = rows.d.reshape(-1, each), x.null
     ratio = out_d / torch.where(null, 1.0, x.d).unsqueeze(1)
     wide = weight[x.source.clamp_min(0)] * ratio.reshape(-1, each, 1, 1)
-    junk = w.normal(*wide.shape) * weight.square().mean().sqrt()
+    junk = w.draws.normal(f"{node.name} junk", *wide.shape) * weight.square().mean().sqrt()
     anything = torch.zeros_like(null)
     free = op.bias is not None or w.before_norm(node)
     if w.general and w.before_norm(node):
-        anything = null & (w.uniform(len(null), 0, 1) < 0.3)
+        anything = null & w.draws.chance(f"{node.name} anything", len(null), 0.3)
     keep = null & (not padded and free) | anything
     wide = torch.where(keep.reshape(-1, 1, 1, 1), junk, wide)
     sent = torch.where(null & padded, 0.0, 1.0).unsqueeze(1) * (wide.sum((2, 3)) * x.offset.unsqueeze(1))
     if not free and bool((sent != 0).any()):
-        raise w.stuck_at(op.x, may_calm=True)
+        raise w.stuck_at(node, op.x, reason="a constant without a bias to go to", may_calm=True)
     sent = sent.reshape(-1)
     rows.e = w.produce(node) if op.bias is not None else sent.clone()
     if op.bias is not None:

@@ -1,5 +1,10 @@
 """What both walks share: the wide rows of every tensor, their scale variables, and the offsets that are needed.
 
+Every wide channel j of a space has a share g_j of its narrow channel's outgoing weight: 1 in sum over the copies,
+0 for nulls. With the scales d of a program point, B = diag(g / d) pulled back is the left inverse of T that the
+backward condition needs: the gradient at the point is B times the narrow one's at every point of the space, since
+an activation's derivative, batch norm and a sum hand on g_j = B_j d_j unchanged.
+
 A producer (a weight with a bias, or batch norm) whose offset is free takes a random one, or the one that an
 activation behind it needs (`Widening.goal`): the last producer of a sum makes up for the others.
 """
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import Channels
+from ep_prune.embedding import ChannelEmbedding
 from ep_prune.graph import (
     Cat,
     Contract,
@@ -33,15 +39,17 @@ from ep_prune.graph import (
 )
 from ep_prune.numbering import Known, Numbering
 from ep_prune.slots import Slots
+from ep_prune.widen_rules.draws import Draws
 
 
 class Stuck(Exception):
-    """These spaces admit no such embedding; `may_calm`: perhaps one without signs and offsets."""
+    """These spaces admit no such embedding, for `reason`; `may_calm`: perhaps one without signs and offsets."""
 
-    def __init__(self, spaces: frozenset[str], may_calm: bool) -> None:
-        super().__init__(f"no embedding of {', '.join(sorted(spaces))}")
+    def __init__(self, spaces: frozenset[str], may_calm: bool, reason: str) -> None:
+        super().__init__(f"no embedding of {', '.join(sorted(spaces))}: {reason}")
         self.spaces = spaces
         self.may_calm = may_calm
+        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,26 +57,35 @@ class Pull:
     """The pull-back map of a space: wide channel j is made of slot root members[pi[j]], or is a null (-1).
 
     `plain` (n,): one copy of every channel, which keeps its sign where a flip would carry an offset.
+    `share` (n,): about which each copy's share of the outgoing weight is drawn; 1 in sum over the copies of a
+    channel. `varied`: whether shares are drawn at all.
     """
 
     name: str
     members: Tensor
     pi: Tensor
     plain: Tensor
+    share: Tensor
+    varied: bool = True
+
+    @property
+    def k(self) -> int:
+        return len(self.members)
 
 
 @dataclass(eq=False)
 class Wide:
     """The wide rows of one tensor: row i is made of narrow row source[i], or is a constant (-1).
 
-    slot (N,): which wide channel it is. sign, size: its variables. Settled: d (0 for constants) and e; e is NaN
-    for a row that is anything at all, which batch norm is going to multiply by 0.
+    slot (N,): which wide channel it is. sign, size: its variables. share (N,): of its channel. Settled: d (0 for
+    constants) and e; e is NaN for a row that is anything at all, which batch norm is going to multiply by 0.
     """
 
     source: Tensor
     slot: Tensor
     sign: Tensor
     size: Tensor
+    share: Tensor
     d: Tensor = field(default_factory=lambda: torch.empty(0))
     e: Tensor | None = None
 
@@ -81,6 +98,34 @@ class Wide:
         assert self.e is not None
         return self.e
 
+    def embedding(self, k: int) -> ChannelEmbedding:
+        """x' = T x + t for these rows; k: the number of narrow rows."""
+        real = (~self.null).nonzero().squeeze(1)
+        return ChannelEmbedding(len(self.d), k, real, self.source[real], self.d[real], self.offset)
+
+    def matrix(self, k: int) -> Tensor:
+        """T (N, k)."""
+        real = (~self.null).nonzero().squeeze(1)
+        T = torch.zeros(len(self.d), k, dtype=torch.float64)
+        T[real, self.source[real]] = self.d[real]
+        return T
+
+    def left_inverse(self, k: int) -> Tensor:
+        """B' (k, N): what the backward condition needs of T, with B' T = I."""
+        real = (~self.null).nonzero().squeeze(1)
+        inverse = torch.zeros(k, len(self.d), dtype=torch.float64)
+        inverse[self.source[real], real] = self.share[real] / self.d[real]
+        return inverse
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What an embedding may be. general: scales, signs, offsets and mixed weights, else copies and nulls alone.
+    critical: the backward condition too."""
+
+    general: bool
+    critical: bool
+
 
 class Widening:
     """One attempt: the state that both walks share."""
@@ -91,11 +136,12 @@ class Widening:
         kinds: Mapping[Node, Operation],
         pulls: list[Pull],
         calm: frozenset[str],
-        general: bool,
-        generator: torch.Generator,
+        mode: Mode,
+        draws: Draws,
     ) -> None:
-        self.n, self.kinds, self.pulls, self.general = n, kinds, pulls, general
-        self.generator = generator
+        self.n, self.kinds, self.pulls = n, kinds, pulls
+        self.general, self.critical = mode.general, mode.critical
+        self.draws, self.calm_names = draws, calm
         self.users = n.graph.users()
         self.roots = n.slots.roots()
         self.home = torch.full((n.slots.count,), -1, dtype=torch.int64)
@@ -107,6 +153,9 @@ class Widening:
         self.plain = torch.cat([~frozen, *(pull.plain for pull in pulls)])
         calmed = [torch.full((len(pull.pi),), pull.name in calm) for pull in pulls]
         self.calm = torch.cat([~frozen, *calmed])
+        self.shares = torch.cat([torch.ones(n.slots.count, dtype=torch.float64), *map(self._shares_of, pulls)])
+        self.silent = torch.zeros_like(self.calm)
+        """Wide channels whose constant, if they are nulls, must be 0 where they are read."""
         self.wide: dict[Node, Wide] = {}
         self.moved: dict[Node, list[tuple[Node, Tensor, Tensor]]] = {}
         """Move and Cat: out rows of the node that are rows of an operand."""
@@ -117,6 +166,17 @@ class Widening:
         """Sign variables of rows that must have none."""
         self.new: dict[str, Tensor] = {}
         self.groups: dict[str, int] = {}
+
+    def _shares_of(self, pull: Pull) -> Tensor:
+        """Shares about their centre, with the sum over the copies of a channel kept."""
+        real = pull.pi >= 0
+        step = self.draws.normal(f"{pull.name} shares", len(pull.pi), vary=pull.varied)
+        members, into = step[real], pull.pi[real]
+        total = torch.zeros(pull.k, dtype=torch.float64).index_add_(0, into, members)
+        count = torch.zeros(pull.k, dtype=torch.float64).index_add_(0, into, torch.ones_like(members))
+        shares = torch.zeros(len(pull.pi), dtype=torch.float64)
+        shares[real] = pull.share[real] + members - (total / count)[into]
+        return shares
 
     # ---- rows -----------------------------------------------------------------------------------------
 
@@ -131,7 +191,7 @@ class Widening:
         if len(value.axes()) > 1:
             raise self.stuck(roots)
         source, slot = self._expand(roots)
-        wide = Wide(source, slot, self.signs.fresh(len(slot)), self.sizes.fresh(len(slot)))
+        wide = Wide(source, slot, self.signs.fresh(len(slot)), self.sizes.fresh(len(slot)), self.shares[slot])
         still = self.calm[slot]
         self.signs.pin(wide.sign[still], "calm")
         self.sizes.pin(wide.size[slot < self.n.slots.count], "not widened")
@@ -166,16 +226,18 @@ class Widening:
             slots.append(slot)
         return torch.cat(sources), torch.cat(slots)
 
-    def stuck(self, roots: Tensor, may_calm: bool = False) -> Stuck:
+    def stuck(self, roots: Tensor) -> Stuck:
         found = torch.unique(self.home[roots]).tolist()
-        return Stuck(frozenset(self.pulls[k].name for k in found if k >= 0), may_calm)
+        names = frozenset(self.pulls[k].name for k in found if k >= 0)
+        return Stuck(names, False, "its channels do not lie side by side")
 
-    def stuck_at(self, *nodes: Node, may_calm: bool = False) -> Stuck:
-        """`Stuck` for all spaces of some nodes."""
+    def stuck_at(self, *nodes: Node, reason: str, may_calm: bool = False) -> Stuck:
+        """`Stuck` for all spaces of some nodes, the first of which is named."""
         first = torch.tensor(self.first)
         slots = torch.cat([self.wide[node].slot for node in nodes if node in self.wide])
         found = torch.unique(torch.searchsorted(first, slots, right=True) - 1).tolist()
-        return Stuck(frozenset(self.pulls[k].name for k in found if k >= 0), may_calm)
+        names = frozenset(self.pulls[k].name for k in found if k >= 0)
+        return Stuck(names, may_calm, f"{reason}, {nodes[0].where}")
 
     # ---- variables ------------------------------------------------------------------------------------
 
@@ -187,7 +249,7 @@ class Widening:
 
     def pair(self, x: Node, node: Node) -> tuple[Wide, Wide]:
         if x not in self.wide or node not in self.wide or not torch.equal(self.wide[x].slot, self.wide[node].slot):
-            raise self.stuck_at(x, node)
+            raise self.stuck_at(node, x, reason="its channels are rearranged here")
         return self.wide[x], self.wide[node]
 
     def through(self, symmetry: Symmetry, x: Node, node: Node) -> None:
@@ -220,24 +282,14 @@ class Widening:
             mark = torch.zeros(self.signs.count, dtype=torch.bool)
             mark[roots[torch.cat([torch.empty(0, dtype=torch.int64), *parts])]] = True
             marks.append(mark)
-        sign = self.uniform(self.signs.count, -1, 1).sign()
+        flipped = self.draws.chance("signs", self.signs.count, 0.5 if self.general else 0.0)
+        sign = torch.where(flipped, -1.0, 1.0).double()
         sign[self.signs.pinned(roots) | (marks[0] & marks[1])] = 1
-        size = 2 ** self.uniform(self.sizes.count, -1, 1)
+        size = 2 ** self.draws.uniform("sizes", self.sizes.count, vary=self.general)
         size_roots = self.sizes.roots()
         size[self.sizes.pinned(size_roots)] = 1
         for rows in self.wide.values():
-            d = (
-                sign[roots[rows.sign]] * size[size_roots[rows.size]]
-                if self.general
-                else torch.ones(len(rows.slot))
-            )
-            rows.d = torch.where(rows.null, 0.0, d.double())
-
-    def uniform(self, count: int, low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64) * (high - low) + low
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+            rows.d = torch.where(rows.null, 0.0, sign[roots[rows.sign]] * size[size_roots[rows.size]])
 
     # ---- offsets --------------------------------------------------------------------------------------
 
@@ -245,11 +297,11 @@ class Widening:
         """(N,) offsets for a producer: random constants for nulls; what is needed, or free, for the others."""
         rows = self.wide[node]
         goal = self.goal(node)
-        free = self.general & ~self.calm[rows.slot]
         if goal is None:
-            goal = torch.where(free, self.normal(len(rows.slot)), 0.0)
-        constants = self.normal(len(rows.slot))
-        constants = constants + 0.3 * constants.sign()
+            free = self.draws.normal(f"{node.name} offsets", len(rows.slot), vary=self.general)
+            goal = torch.where(self.calm[rows.slot], 0.0, free)
+        constants = self.draws.normal(f"{node.name} constants", len(rows.slot))
+        constants = torch.where(self.silent[rows.slot], 0.0, constants + 0.3 * constants.sign())
         return torch.where(rows.null, constants, goal)
 
     def goal(self, node: Node) -> Tensor | None:
@@ -266,7 +318,8 @@ class Widening:
             return required(op, rows)
         if isinstance(op, Contract):
             padded = op.layout.groups > 1 and not all(op.layout.interior)
-            return torch.zeros_like(rows.d) if padded else None
+            closed = self.critical and not self.passes_constants(op, user)
+            return torch.zeros_like(rows.d) if padded or closed else None
         if user not in self.wide or not isinstance(
             op, Pass | Item | Stencil | Extreme | Move | Cat | Sum | Product
         ):
@@ -319,14 +372,23 @@ class Widening:
         """A tensor must have these offsets, nulls aside."""
         rows = self.wide[node]
         if bool(((rows.offset - offsets).abs() > 1e-9)[~rows.null].any()):
-            raise self.stuck_at(node, may_calm=True)
+            raise self.stuck_at(node, reason="an offset would not get through what reads it", may_calm=True)
+
+    def passes_constants(self, op: Contract, node: Node) -> bool:
+        """Whether what constants send through a weight is a constant, and has a bias to go to."""
+        return all(op.layout.interior) and self.has_room(op, node)
+
+    def has_room(self, op: Contract, node: Node) -> bool:
+        """Whether a constant that a weight sends can go into its bias, or into the widened batch norm behind."""
+        return op.bias is not None or (node in self.wide and self.before_norm(node))
 
     def tensor(self, node: Node) -> Tensor:
         return self.n.tensor(node)
 
     def before_norm(self, node: Node) -> bool:
-        """Whether batch norm alone reads this tensor."""
-        return [type(self.kinds[user]) for user in self.users[node]] == [Normalize]
+        """Whether a batch norm with a shift alone reads this tensor."""
+        behind = [self.kinds[user] for user in self.users[node]]
+        return len(behind) == 1 and isinstance(behind[0], Normalize) and behind[0].bias is not None
 
 
 def required(op: Operation, rows: Wide) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ep_prune.widen_rules.link import link
 from ep_prune.widen_rules.settle import settle
 from ep_prune.widen_rules.state import Widening
 
 
-def walk(w: Widening) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The wide parameters by name, and the groups of depthwise convolutions. Raises `Stuck`."""
+def walk(w: Widening) -> None:
+    """Write `w.new`, the wide parameters by name, and `w.groups`, of depthwise convolutions. Raises `Stuck`."""
     for node, op in w.kinds.items():
         made = w.rows_of(node)
         if made is not None:
@@ -21,4 +19,3 @@ def walk(w: Widening) -> tuple[dict[str, Tensor], dict[str, int]]:
     for node, op in w.kinds.items():
         if node in w.wide or any(operand in w.wide for operand in node.operands()):
             settle(op, node, w)
-    return w.new, w.groups
