@@ -7,9 +7,9 @@
     monitor.plot("widths.png")
 
 The model is traced once. A measurement takes as long as it takes (tens of milliseconds for a small network,
-seconds for a large one), so by default the interval follows it: measurements use at most `share` of the time.
-When none is due, `step` reads a clock. Training is not disturbed: weights are read from a private copy, in
-evaluation mode; gradients, modes and random state are as before.
+seconds for a large one), so by default the interval follows it: measurements add at most `share` to the time that
+training takes. When none is due, `step` reads a clock. Training is not disturbed: weights are read from a private
+copy, in evaluation mode; gradients, modes and random state are as before.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class EffectiveWidthMonitor:
         model: the model in training; it may be moved, and changed in place, but not widened or narrowed.
         example_inputs, tol, probes, spaces, refine, seed: as for `effective_width`.
         every: measure at steps that are multiples of this; None: as often as `share` allows.
-        share: the largest share of the time from the first step on that measurements may take, in (0, 1).
+        share: what measurements may add, from the first step on, to the time that training takes, in (0, 1).
         clock: seconds, from any origin; for tests.
 
     `records` holds one dict for each measurement: step, loss (or None), widths {space: {tol: width}}, seconds,
-    note (why the weights could not be measured, or ""). Raises `InputError` and `TraceError`.
+    note (why the weights could not be measured, or ""). Where the interval adapts, the first is of the initial
+    weights, at step 0, and part of the set-up: it tells what one costs. Raises `InputError` and `TraceError`.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class EffectiveWidthMonitor:
         if every is not None and every < 1:
             raise InputError(f"every={every} is no interval: pass a number of steps, or None to adapt it")
         if not 0.0 < share < 1.0:
-            raise InputError(f"share={share} is not in (0, 1): it is the part of the time that measuring may take")
+            raise InputError(
+                f"share={share} is not in (0, 1): it is what measuring may add to the time of training"
+            )
         self.model, self.tols = model, tolerances(tol)
         self.every, self.share = every, share
         self.names, self.refine = spaces, refine
@@ -68,6 +71,9 @@ class EffectiveWidthMonitor:
         self._worst = 0.0
         self._started: float | None = None
         self._elapsed = 0.0
+        if every is None:
+            self.measure(0)
+            self._spent = 0.0
 
     def step(self, step: int, loss: float | Tensor | None = None) -> EffectiveWidths | None:
         """Call after each step of the optimizer; measures where it is due. The measurement, or None."""
@@ -79,10 +85,10 @@ class EffectiveWidthMonitor:
         return self.measure(step, loss)
 
     def _is_due(self, step: int, elapsed: float) -> bool:
-        """Whether a measurement that takes as long as the longest of late would keep to the share."""
+        """Whether one more measurement, as long as the longest of late, would keep to the share."""
         if self.every is not None:
             return step % self.every == 0
-        return self._spent + self._worst <= self.share * (elapsed + self._worst)
+        return self._spent + self._worst <= self.share * (elapsed - self._spent)
 
     def measure(self, step: int, loss: float | Tensor | None = None) -> EffectiveWidths | None:
         """Measure now, due or not. None, and a note in the record, where the weights cannot be measured."""

@@ -12,6 +12,7 @@ this has k (inputs + outputs + 1) + outputs unknowns, and is tried up to `UNKNOW
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -145,7 +146,7 @@ def _descend(
     for _ in range(STEPS):
         if best <= tol:
             break
-        slope = torch.func.jacfwd(of)(point).detach()
+        slope = _jacobian(of, point)
         gram, down = slope.T @ slope, slope.T @ missing
         scale = gram.diagonal().clamp_min(1e-12 * float(gram.diagonal().max()) + 1e-300)
         gained = 0.0
@@ -164,3 +165,11 @@ def _descend(
         if gained < STALLED:
             break
     return best
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+    """(rows, unknowns), forward mode: there are fewer unknowns than rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's forward mode still scripts some of its own rules
+        slope: Tensor = torch.func.jacfwd(function)(point)
+    return slope.detach()
