@@ -27,7 +27,7 @@ from ep_prune.refine import refined_width
 class WidthCurve:
     """One space of `full` channels: widths by tolerance, and the outputs' change at every width that was tried.
 
-    fixed: why all channels stay, or "".
+    fixed: why all channels stay, or "". selected: the widths without refinement, from kept channels as they are.
     """
 
     name: str
@@ -35,6 +35,7 @@ class WidthCurve:
     full: int
     fixed: str
     widths: Mapping[float, int]
+    selected: Mapping[float, int]
     changes: Mapping[int, float]
 
     def at(self, tol: float) -> int:
@@ -75,6 +76,7 @@ class EffectiveWidths:
                     "full": curve.full,
                     "fixed": curve.fixed,
                     "widths": [[tol, k] for tol, k in curve.widths.items()],
+                    "selected": [[tol, k] for tol, k in curve.selected.items()],
                     "changes": [[k, change] for k, change in sorted(curve.changes.items())],
                 }
                 for curve in self.curves
@@ -214,9 +216,9 @@ def measure(
 
 def _curve(measurement: Measurement, tols: Sequence[float], refine: bool) -> WidthCurve:
     space = measurement.space
-    widths = {}
-    for tol in tols:
-        widths[tol] = measurement.narrowest(tol)
-        if refine and not space.fixed:
-            widths[tol] = refined_width(measurement, widths[tol], tol)
-    return WidthCurve(space.name, space.producers, space.width, space.fixed, widths, dict(measurement.changes))
+    selected = {tol: measurement.narrowest(tol) for tol in tols}
+    widths = dict(selected)
+    if refine and not space.fixed:
+        widths = {tol: refined_width(measurement, width, tol) for tol, width in selected.items()}
+    changes = dict(measurement.changes)
+    return WidthCurve(space.name, space.producers, space.width, space.fixed, widths, selected, changes)

@@ -149,6 +149,7 @@ def test_neurons_that_share_a_direction_but_not_its_length_need_the_refinement(r
     probes = [torch.linspace(-15, 15, 101, dtype=torch.float64).unsqueeze(1)]
     found = effective_width(model, probes[0][:2], 1e-3, probes=probes, refine=refine)
     assert found.at(1e-3)["0"] == (1 if refine else 2)
+    assert found.spaces["0"].selected == {1e-3: 2}
 
 
 def test_refined_widths_in_a_deep_network_are_at_most_the_selected_ones() -> None:
