@@ -49,7 +49,7 @@ class ChannelEmbedding:
 class Fold:
     """A weight that consumes: its inputs through `embedding`, its outputs cut to `outputs` (G', O') in `groups`.
 
-    What W t sends goes to `bias` (added), to `mean` (the running mean of the batch norm that follows,
+    `width`: outputs in all before the cut. What W t sends goes to `bias` (added), to `mean` (the running mean of the batch norm that follows,
     subtracted), or into a new bias, where `new_bias` names the module.
     """
 
@@ -58,6 +58,7 @@ class Fold:
     embedding: ChannelEmbedding
     groups: Tensor
     outputs: Tensor
+    width: int
     bias: str | None = None
     mean: str | None = None
     new_bias: str | None = None
@@ -65,11 +66,12 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A parameter's axis cut to the kept places."""
+    """A parameter's axis of `width` places cut to the kept ones."""
 
     tensor: str
     axis: int
     keep: Tensor
+    width: int
 
 
 @dataclass(frozen=True, eq=False)

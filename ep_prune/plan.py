@@ -91,23 +91,24 @@ class Plan:
                         **{key: keep(getattr(fold.embedding, key)) for key in ("wide", "narrow", "values", "t")},
                         "groups": keep(fold.groups),
                         "outputs": keep(fold.outputs),
+                        "width": fold.width,
                         **{key: getattr(fold, key) for key in ("bias", "mean", "new_bias")},
                     }
                     for fold in step.folds
                 ],
-                "cuts": [[cut.tensor, cut.axis, keep(cut.keep)] for cut in step.cuts],
+                "cuts": [[cut.tensor, cut.axis, keep(cut.keep), cut.width] for cut in step.cuts],
             }
             for step in self.rounds
         ]
-        header = {"version": 1, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        header = {"version": 2, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         return tensors, json.dumps(header)
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") != 1:
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads version 1")
+        if data.get("version") != 2:
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads version 2")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -119,6 +120,7 @@ class Plan:
                 ChannelEmbedding(n, k, *parts),
                 tensors[item["groups"]],
                 tensors[item["outputs"]],
+                item["width"],
                 item["bias"],
                 item["mean"],
                 item["new_bias"],
@@ -127,7 +129,7 @@ class Plan:
         rounds = tuple(
             Round(
                 tuple(fold(item) for item in step["folds"]),
-                tuple(Cut(name, axis, tensors[key]) for name, axis, key in step["cuts"]),
+                tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
             )
             for step in data["rounds"]
         )

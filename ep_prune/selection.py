@@ -230,9 +230,9 @@ def to_round(chosen: Selection) -> Round:
         if embedding.is_identity() and bool(kept_out.all()) and not bool((embedding.t != 0).any()):
             continue
         room = (demand.bias, demand.mean, demand.new_bias) if bool((embedding.t != 0).any()) else (None,) * 3
-        folds.append(Fold(name, layout, embedding, groups, outputs, *room))
+        folds.append(Fold(name, layout, embedding, groups, outputs, kept_out.numel(), *room))
     for (name, axis), slots in n.slots.bound.items():
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
-            cuts.append(Cut(name, axis, keep.nonzero().squeeze(1)))
+            cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
     return Round(tuple(folds), tuple(cuts))

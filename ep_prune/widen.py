@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from ep_prune.errors import InputError
 from ep_prune.graph import Node, Operation
 from ep_prune.numbering import Numbering
+from ep_prune.plan import Plan
 from ep_prune.rewrite import resize_
 from ep_prune.trace import prepare, run, trace
+from ep_prune.widen_plan import undo_round
 from ep_prune.widen_report import EmbedReport, report_on
 from ep_prune.widen_rules import Draws, Mode, Pull, Stuck, Widening, walk
 from ep_prune.widen_spaces import WideSpace, numbered, open_spaces
@@ -58,7 +60,7 @@ class _Order:
 
     @property
     def mode(self) -> Mode:
-        return Mode(self.kind == "compatible", self.critical)
+        return Mode(self.kind == "compatible", self.critical, self.kind == "compatible" or not self.critical)
 
 
 @overload
@@ -72,6 +74,7 @@ def embed(
     coefficients: Mapping[str, Tensor] | None = None,
     factor: float = 1.5,
     seed: int = 0,
+    plan: Plan | None = None,
     full_output: Literal[True],
 ) -> tuple[nn.Module, EmbedReport]: ...
 @overload
@@ -85,6 +88,7 @@ def embed(
     coefficients: Mapping[str, Tensor] | None = None,
     factor: float = 1.5,
     seed: int = 0,
+    plan: Plan | None = None,
     full_output: Literal[False] = False,
 ) -> nn.Module: ...
 def embed(
@@ -97,6 +101,7 @@ def embed(
     coefficients: Mapping[str, Tensor] | None = None,
     factor: float = 1.5,
     seed: int = 0,
+    plan: Plan | None = None,
     full_output: bool = False,
 ) -> nn.Module | tuple[nn.Module, EmbedReport]:
     """A wider copy of `model`, of the same class, that computes the same function.
@@ -115,6 +120,8 @@ def embed(
             (forward condition); a row of zeros is a null neuron.
         factor: without widths, a space of k channels gets max(k + 1, round(factor * k)).
         seed: of all that is drawn.
+        plan: instead of all these, what `reduce` found: its embeddings are run forwards again. The wide model
+            comes back up to what an embedding leaves free (nulls, and the shares of the copies).
         full_output: return (wide, report); the report has the embeddings, what was left alone and why, and the
             dimension of the critical manifold.
 
@@ -124,16 +131,22 @@ def embed(
         TraceError: the model cannot be exported.
     """
     wide, _ = prepare(model)
-    n, kinds = numbered(trace(wide, example_inputs))
-    spaces = open_spaces(n, kinds)
-    order = _order(spaces, widths, kind, critical, coefficients, factor)
-    work, draws, refused = _attempts(n, kinds, spaces, order, seed)
-    if widths is not None or coefficients:
-        for name, reason in refused.items():
-            raise InputError(
-                f"the space {name!r} cannot be widened so: {reason}; leave it out, or try another kind"
-            )
-    resize_(wide, {name: value.to(n.graph.tensors[name]) for name, value in work.new.items()}, work.groups)
+    if plan is not None:
+        if widths is not None or coefficients:
+            raise InputError("a plan says how wide each space was: pass no widths or coefficients beside it")
+        refused: dict[str, str] = {}
+        work, kind = _undo(wide, example_inputs, plan), "splitting"
+    else:
+        n, kinds = numbered(trace(wide, example_inputs))
+        spaces = open_spaces(n, kinds)
+        order = _order(spaces, widths, kind, critical, coefficients, factor)
+        work, refused = _attempts(n, kinds, spaces, order, seed)
+        if widths is not None or coefficients:
+            for name, reason in refused.items():
+                raise InputError(
+                    f"the space {name!r} cannot be widened so: {reason}; leave it out, or try another kind"
+                )
+        _write(wide, work)
     try:
         run(wide, example_inputs)
     except InputError as error:
@@ -143,7 +156,22 @@ def embed(
     if not full_output:
         return wide
     trainable = {name for name, parameter in wide.named_parameters() if parameter.requires_grad}
-    return wide, report_on(work, draws, refused, order.kind, trainable)
+    return wide, report_on(work, refused, kind, trainable)
+
+
+def _write(model: nn.Module, work: Widening) -> None:
+    resize_(model, {name: value.to(work.n.graph.tensors[name]) for name, value in work.new.items()}, work.groups)
+
+
+def _undo(model: nn.Module, example_inputs: Any, plan: Plan) -> Widening:
+    """Widen `model` in place through the rounds of a plan, the last one first; the walk of the first round."""
+    if not plan.rounds:
+        raise InputError("the plan has no rounds: the reduction changed nothing")
+    for step in reversed(plan.rounds):
+        n, kinds = numbered(trace(model, example_inputs))
+        work = undo_round(n, kinds, open_spaces(n, kinds), step)
+        _write(model, work)
+    return work
 
 
 def widenable(model: nn.Module, example_inputs: Any) -> dict[str, int]:
@@ -155,7 +183,7 @@ def widenable(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 def _attempts(
     n: Numbering, kinds: Mapping[Node, Operation], spaces: list[WideSpace], order: _Order, seed: int
-) -> tuple[Widening, Draws, dict[str, str]]:
+) -> tuple[Widening, dict[str, str]]:
     """Walk until nothing is stuck: a space that is goes without signs and offsets, then not at all."""
     refused: dict[str, str] = {}
     calm: set[str] = set()
@@ -166,7 +194,7 @@ def _attempts(
         work = Widening(n, kinds, pulls, frozenset(calm), order.mode, draws)
         try:
             walk(work)
-            return work, draws, refused
+            return work, refused
         except Stuck as stuck:
             assert stuck.spaces, "an attempt fails over some space"
             lost = stuck.spaces & calm if stuck.may_calm else stuck.spaces

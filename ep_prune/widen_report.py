@@ -71,7 +71,6 @@ class EmbedReport:
     embeddings: dict[str, ChannelEmbedding]
     trainable: frozenset[str]
     _work: Widening = field(repr=False)
-    _draws: Draws = field(repr=False)
 
     def dimension(self) -> Dimension:
         """The dimension of the critical manifold through this point: the formula, and the measured rank.
@@ -81,7 +80,7 @@ class EmbedReport:
         """
         if not self.critical:
             raise ValueError("an embedding without the backward condition lies on no critical manifold")
-        return _dimension(self._work, self._draws, self.trainable)
+        return _dimension(self._work, self._work.draws, self.trainable)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the matrices, as plain values."""
@@ -104,9 +103,7 @@ class EmbedReport:
         return "\n".join([*(line.rstrip() for line in lines), f"{self.kind} embedding, {condition} condition"])
 
 
-def report_on(
-    work: Widening, draws: Draws, left_alone: dict[str, str], kind: str, trainable: set[str]
-) -> EmbedReport:
+def report_on(work: Widening, left_alone: dict[str, str], kind: str, trainable: set[str]) -> EmbedReport:
     """The report of a walk that came to its end."""
     spaces = []
     for k, pull in enumerate(work.pulls):
@@ -124,9 +121,7 @@ def report_on(
         for op in work.kinds.values()
         if isinstance(op, Contract) and op.x in work.wide
     }  # fmt: skip
-    return EmbedReport(
-        kind, work.critical, tuple(spaces), left_alone, embeddings, frozenset(trainable), work, draws
-    )
+    return EmbedReport(kind, work.critical, tuple(spaces), left_alone, embeddings, frozenset(trainable), work)
 
 
 def _dimension(work: Widening, draws: Draws, trainable: frozenset[str]) -> Dimension:
@@ -157,7 +152,7 @@ def _tangent(work: Widening, draws: Draws, trainable: frozenset[str], generator:
     sides = []
     for size in (STEP, -STEP):
         moved = Widening(
-            work.n, work.kinds, _all_varied(work), work.calm_names, Mode(True, True), draws.moved(step, size)
+            work.n, work.kinds, _all_varied(work), work.calm_names, Mode(True, True, True), draws.moved(step, size)
         )
         walk(moved)
         sides.append(torch.cat([moved.new[name].reshape(-1) for name in sorted(moved.new) if name in trainable]))

@@ -166,10 +166,11 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
     if rows is not None and w.general and w.before_norm(node):
         anything = rows.null & w.draws.chance(f"{node.name} anything", len(scale), 0.3)
     T, t = _matrix(x, inputs)
+    if x is not None and not (w.critical or w.mode.mixed):
+        t = torch.where(x.null, 0.0, t)  # nothing reads the nulls
     passes = torch.tensor(op.layout.interior) & w.has_room(op, node)
     size = weight.square().mean().sqrt()
-    mixed = w.general or not w.critical
-    draw = w.draws.normal(f"{node.name} mix", len(scale), len(T), taps, vary=mixed) * size
+    draw = w.draws.normal(f"{node.name} mix", len(scale), len(T), taps, vary=w.mode.mixed) * size
     if w.critical:
         draw = _unseen_behind(draw, rows, outputs)
     wide = torch.empty_like(draw)

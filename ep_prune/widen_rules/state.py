@@ -120,11 +120,12 @@ class Wide:
 
 @dataclass(frozen=True)
 class Mode:
-    """What an embedding may be. general: scales, signs, offsets and mixed weights, else copies and nulls alone.
-    critical: the backward condition too."""
+    """What an embedding may be. general: scales, signs and offsets at random, else copies and nulls alone.
+    critical: the backward condition too. mixed: outgoing weights at random, as far as the conditions leave it."""
 
     general: bool
     critical: bool
+    mixed: bool
 
 
 class Widening:
@@ -138,9 +139,12 @@ class Widening:
         calm: frozenset[str],
         mode: Mode,
         draws: Draws,
+        given: Mapping[Node, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.n, self.kinds, self.pulls = n, kinds, pulls
+        self.n, self.kinds, self.pulls, self.mode = n, kinds, pulls, mode
         self.general, self.critical = mode.general, mode.critical
+        self.given = given or {}
+        """For a weight's node, d (N,) and t (N,) that its input must have; NaN where that is open."""
         self.draws, self.calm_names = draws, calm
         self.users = n.graph.users()
         self.roots = n.slots.roots()
@@ -288,8 +292,26 @@ class Widening:
         size = 2 ** self.draws.uniform("sizes", self.sizes.count, vary=self.general)
         size_roots = self.sizes.roots()
         size[self.sizes.pinned(size_roots)] = 1
+        wanted = [(node, self.wide[op.x], self.given[node][0]) for node, op in self._given_inputs()]
+        for _, rows, d in wanted:
+            some = d.isfinite() & ~rows.null
+            sign[roots[rows.sign[some]]] = d[some].sign()
+            size[size_roots[rows.size[some]]] = d[some].abs()
         for rows in self.wide.values():
             rows.d = torch.where(rows.null, 0.0, sign[roots[rows.sign]] * size[size_roots[rows.size]])
+        for node, rows, d in wanted:
+            off = (rows.d - d).abs()[d.isfinite() & ~rows.null]
+            if bool((off > 1e-9).any()):
+                raise self.stuck_at(node, self._input(node), reason="the scales of its copies do not agree")
+
+    def _given_inputs(self) -> list[tuple[Node, Contract]]:
+        found = [(node, self.kinds[node]) for node in self.given]
+        return [(node, op) for node, op in found if isinstance(op, Contract) and op.x in self.wide]
+
+    def _input(self, node: Node) -> Node:
+        op = self.kinds[node]
+        assert isinstance(op, Contract)
+        return op.x
 
     # ---- offsets --------------------------------------------------------------------------------------
 
@@ -316,6 +338,8 @@ class Widening:
         rows = self.wide[node]
         if isinstance(op, Pointwise | Slope):
             return required(op, rows)
+        if isinstance(op, Contract) and user in self.given:
+            return self.given[user][1].nan_to_num(0.0)
         if isinstance(op, Contract):
             padded = op.layout.groups > 1 and not all(op.layout.interior)
             closed = self.critical and not self.passes_constants(op, user)
