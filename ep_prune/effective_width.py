@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ep_prune.errors import EpPruneError, InputError
 from ep_prune.gauge import Measurement, WidthGauge
-from ep_prune.refine import refined_width
+from ep_prune.refine import refined_widths
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,6 @@ def _curve(measurement: Measurement, tols: Sequence[float], refine: bool) -> Wid
     selected = {tol: measurement.narrowest(tol) for tol in tols}
     widths = dict(selected)
     if refine and not space.fixed:
-        widths = {tol: refined_width(measurement, width, tol) for tol, width in selected.items()}
+        widths = refined_widths(measurement, selected)
     changes = dict(measurement.changes)
     return WidthCurve(space.name, space.producers, space.width, space.fixed, widths, selected, changes)

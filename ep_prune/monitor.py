@@ -23,6 +23,10 @@ from torch import Tensor, nn
 
 from ep_prune.effective_width import EffectiveWidths, measure, set_up, tolerances
 from ep_prune.errors import EpPruneError, InputError
+from ep_prune.refine import warm_up
+
+MEASURED = 0.75
+"""The part of the share that measurements get: the rest is for `step` itself and for caches left cold."""
 
 
 class EffectiveWidthMonitor:
@@ -71,6 +75,8 @@ class EffectiveWidthMonitor:
         self._worst = 0.0
         self._started: float | None = None
         self._elapsed = 0.0
+        if refine:
+            warm_up()
         if every is None:
             self.measure(0)
             self._spent = 0.0
@@ -88,7 +94,7 @@ class EffectiveWidthMonitor:
         """Whether one more measurement, as long as the longest of late, would keep to the share."""
         if self.every is not None:
             return step % self.every == 0
-        return self._spent + self._worst <= self.share * (elapsed - self._spent)
+        return self._spent + self._worst <= MEASURED * self.share * (elapsed - self._spent)
 
     def measure(self, step: int, loss: float | Tensor | None = None) -> EffectiveWidths | None:
         """Measure now, due or not. None, and a note in the record, where the weights cannot be measured."""

@@ -12,6 +12,7 @@ this has k (inputs + outputs + 1) + outputs unknowns, and is tried up to `UNKNOW
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from torch import Tensor
 from ep_prune.consumers import ConsumedSpace, Consumer
 from ep_prune.errors import InputError
 from ep_prune.evaluate import boundary, evaluate
-from ep_prune.gauge import Measurement, Narrowed
+from ep_prune.gauge import Measurement, Narrowed, Values
 
 UNKNOWNS = 512
 STEPS = 40
-STALLED = 1e-4
-"""A step that gains less than this share of the loss is the last one."""
+STALLED = 0.01
+"""A step that gains less than this share of the loss (squares) is the last one at its width."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,26 @@ class Layer:
     reader: Consumer
 
 
-def refined_width(measurement: Measurement, width: int, tol: float) -> int:
-    """The smallest width found below `width` at which the moved neurons keep the outputs within `tol`.
+def refined_widths(measurement: Measurement, selected: Mapping[float, int]) -> dict[float, int]:
+    """tol -> the smallest width found, up to the selected one, at which moved neurons keep the outputs within tol.
 
-    `width` itself where the space is none of a plain hidden layer. The changes measured are noted with the others.
+    As selected where the space is none of a plain hidden layer. The changes measured are noted with the others.
     """
     layer = plain_layer(measurement.space)
-    if layer is None:
-        return width
-    low, high = measurement.least, width
-    while low < high:
-        middle = (low + high) // 2
-        change = _refined_change(measurement, layer, middle, tol)
-        if change is not None and change <= tol:
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    if layer is None or measurement.gauge.graph.tensors[layer.weight].ndim != 2:
+        return dict(selected)
+    moving = _Moving(measurement, layer)
+    found = {}
+    for tol, width in selected.items():
+        low, high = measurement.least, width
+        while low < high:
+            middle = (low + high) // 2
+            if moving.change(middle, tol) <= tol:
+                high = middle
+            else:
+                low = middle + 1
+        found[tol] = high
+    return found
 
 
 def plain_layer(space: ConsumedSpace) -> Layer | None:
@@ -72,99 +76,107 @@ def plain_layer(space: ConsumedSpace) -> Layer | None:
     return Layer(writer, bias, reader) if plain and covers and whole and len(reader.uses) == 1 else None
 
 
-def _refined_change(measurement: Measurement, layer: Layer, k: int, tol: float) -> float | None:
-    """The change of the outputs at width k after moving; None where it cannot be tried."""
-    graph = measurement.gauge.graph
-    tensors = {name: graph.tensors[name].double().cpu() for name in (layer.weight, layer.bias) if name is not None}
-    if tensors[layer.weight].ndim != 2:
-        return None
-    keep = measurement.order[:k].sort().values
-    place = measurement.space.axes[(layer.weight, 0)]
-    rows = torch.argsort(place)[keep]
-    columns = layer.reader.place[keep, 0]
-    with torch.no_grad():
-        start = measurement.narrowed(k)
-    reader = start.tensors[layer.reader.name][:, columns]
-    (node, _), shift = layer.reader.uses[0], start.shift
-    free = {name: tensor[rows] for name, tensor in tensors.items()} | {layer.reader.name: reader}
-    if node in shift:
-        free["shift"] = shift[node][0].cpu()
-    if sum(tensor.numel() for tensor in free.values()) > UNKNOWNS:
-        return None
+@dataclass
+class _Descent:
+    """Where the neurons of one width stand: all weights in one vector, what they lack, the least change so far."""
 
-    def trial(values: Mapping[str, Tensor]) -> Narrowed:
-        moved = {name: value for name, value in values.items() if name != "shift"}
-        axis = layer.reader.layout.axis
-        return Narrowed(moved, {node: (values["shift"], axis)} if "shift" in values else {})
+    point: Tensor
+    shapes: dict[str, torch.Size]
+    missing: Tensor
+    best: float
+    damping: float = 1e-3
+    steps: int = 0
+    stalled: bool = False
 
-    edge = boundary(graph, [], [name for name in free if name != "shift"])
-    with torch.no_grad():
-        before = [evaluate(graph, values, edge) for values in measurement.gauge.inputs]
-    sizes = [max(float(t.abs().max()) for t in pieces) or 1.0 for pieces in zip(*measurement.wide, strict=True)]
 
-    def residual(values: Mapping[str, Tensor]) -> Tensor:
-        """What the fitted pieces' outputs lack, each output relative to its size."""
+class _Moving:
+    """The neurons of one layer, moved at any width; what was reached at a width is where the next try goes on."""
+
+    def __init__(self, measurement: Measurement, layer: Layer) -> None:
+        self.measurement, self.layer = measurement, layer
+        graph = measurement.gauge.graph
+        names = [name for name in (layer.weight, layer.bias, layer.reader.name) if name is not None]
+        self.tensors = {name: graph.tensors[name].double().cpu() for name in names[:-1]}
+        edge = boundary(graph, [], names)
+        with torch.no_grad():
+            self.before: list[Values] = [evaluate(graph, values, edge) for values in measurement.gauge.inputs]
+        pieces = zip(*measurement.wide, strict=True)
+        self.sizes = [max(float(tensor.abs().max()) for tensor in piece) or 1.0 for piece in pieces]
+        self.descents: dict[int, _Descent | None] = {}
+
+    def change(self, k: int, tol: float) -> float:
+        """The least change of the outputs at width k, once within `tol` or stalled; inf if it cannot be tried."""
+        try:
+            if k not in self.descents:
+                self.descents[k] = self._start(k)
+            descent = self.descents[k]
+            if descent is None:
+                return math.inf
+            while descent.best > tol and not descent.stalled:
+                self._step(descent)
+        except InputError:  # a size in the user's code: this layer cannot be cut as a tensor alone
+            self.descents[k] = None
+            return math.inf
+        self.measurement.changes[k] = min(descent.best, self.measurement.changes.get(k, math.inf))
+        return descent.best
+
+    def _start(self, k: int) -> _Descent | None:
+        """The selected neurons, with their least-squares weights; None where there are too many unknowns."""
+        measurement, reader = self.measurement, self.layer.reader
+        keep = measurement.order[:k].sort().values
+        rows = torch.argsort(measurement.space.axes[(self.layer.weight, 0)])[keep]
+        with torch.no_grad():
+            trial = measurement.narrowed(k)
+        free = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        free[reader.name] = trial.tensors[reader.name][:, reader.place[keep, 0]]
+        for node, (shift, _) in trial.shift.items():
+            assert node is reader.uses[0][0]
+            free["shift"] = shift.cpu()
+        point = torch.cat([tensor.reshape(-1) for tensor in free.values()])
+        if len(point) > UNKNOWNS:
+            return None
+        descent = _Descent(point, {name: tensor.shape for name, tensor in free.items()}, point, math.inf)
+        with torch.no_grad():
+            descent.missing = self._missing(descent, point)
+            descent.best = measurement.change_of(self._trial(descent, point), self.before)
+        return descent
+
+    def _trial(self, descent: _Descent, point: Tensor) -> Narrowed:
+        parts = torch.split(point, [shape.numel() for shape in descent.shapes.values()])
+        pairs = zip(descent.shapes.items(), parts, strict=True)
+        tensors = {name: part.reshape(shape) for (name, shape), part in pairs}
+        shift = tensors.pop("shift", None)
+        reader = self.layer.reader
+        return Narrowed(tensors, {} if shift is None else {reader.uses[0][0]: (shift, reader.layout.axis)})
+
+    def _missing(self, descent: _Descent, point: Tensor) -> Tensor:
+        """What the outputs lack on the pieces that are fitted to, each output relative to its size."""
         gaps = []
-        for piece in range(0, len(before), 2):
-            narrow = measurement.gauge.outputs_of(before[piece], trial(values))
-            for a, b, size in zip(measurement.wide[piece], narrow, sizes, strict=True):
-                gaps.append(((b - a) / size).reshape(-1))
+        for piece in range(0, len(self.before), 2):
+            narrow = self.measurement.gauge.outputs_of(self.before[piece], self._trial(descent, point))
+            for a, b, size in zip(self.measurement.wide[piece], narrow, self.sizes, strict=True):
+                gaps.append(((b - a) / size).reshape(-1).cpu())
         return torch.cat(gaps)
 
-    def change(values: Mapping[str, Tensor]) -> float:
-        with torch.no_grad():
-            return measurement.change_of(trial(values), before)
-
-    try:
-        best = _descend(free, residual, change, tol)
-    except InputError:  # a size in the user's code: this layer cannot be cut as a tensor alone
-        return None
-    measurement.changes[k] = min(best, measurement.changes.get(k, best))
-    return best
-
-
-def _descend(
-    free: Mapping[str, Tensor],
-    residual: Callable[[Mapping[str, Tensor]], Tensor],
-    change: Callable[[Mapping[str, Tensor]], float],
-    tol: float,
-) -> float:
-    """Levenberg-Marquardt with Marquardt's scaling, until the change is within `tol`. The least change seen."""
-    names, shapes = list(free), [tensor.shape for tensor in free.values()]
-    point = torch.cat([tensor.reshape(-1) for tensor in free.values()])
-
-    def named(flat: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(flat, [shape.numel() for shape in shapes])
-        return {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-
-    def of(flat: Tensor) -> Tensor:
-        return residual(named(flat))
-
-    best, damping = change(named(point)), 1e-3
-    with torch.no_grad():
-        missing = of(point)
-    for _ in range(STEPS):
-        if best <= tol:
-            break
-        slope = _jacobian(of, point)
-        gram, down = slope.T @ slope, slope.T @ missing
+    def _step(self, descent: _Descent) -> None:
+        """One step of Levenberg-Marquardt, with Marquardt's scaling."""
+        slope = _jacobian(lambda point: self._missing(descent, point), descent.point)
+        gram, down = slope.T @ slope, slope.T @ descent.missing
         scale = gram.diagonal().clamp_min(1e-12 * float(gram.diagonal().max()) + 1e-300)
-        gained = 0.0
-        for _ in range(8):
-            step = torch.linalg.solve(gram + damping * torch.diag(scale), down)
-            with torch.no_grad():
-                new = of(point - step)
-            gained = 1.0 - float(new.square().sum() / missing.square().sum())
-            if gained > 0:
-                point, missing, damping = point - step, new, damping / 5
-                break
-            damping *= 5
-        if gained <= 0:
-            break
-        best = min(best, change(named(point)))
-        if gained < STALLED:
-            break
-    return best
+        gained, lost = 0.0, float(descent.missing.square().sum())
+        with torch.no_grad():
+            for _ in range(8 if lost > 0 else 0):
+                new = descent.point - torch.linalg.solve(gram + descent.damping * torch.diag(scale), down)
+                missing = self._missing(descent, new)
+                gained = 1.0 - float(missing.square().sum()) / lost
+                if gained > 0:
+                    descent.point, descent.missing, descent.damping = new, missing, descent.damping / 5
+                    change = self.measurement.change_of(self._trial(descent, new), self.before)
+                    descent.best = min(descent.best, change)
+                    break
+                descent.damping *= 5
+        descent.steps += 1
+        descent.stalled = not gained > STALLED or descent.steps >= STEPS
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
@@ -173,3 +185,8 @@ def _jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
         warnings.simplefilter("ignore", FutureWarning)  # torch's forward mode still scripts some of its own rules
         slope: Tensor = torch.func.jacfwd(function)(point)
     return slope.detach()
+
+
+def warm_up() -> None:
+    """Have torch load its rules of forward mode now: it takes half a second when they are first used."""
+    _jacobian(torch.tanh, torch.zeros(1, dtype=torch.float64))
