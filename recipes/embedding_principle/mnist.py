@@ -5,10 +5,10 @@ weights from N(0, 1/m^6), full-batch Adam at 3e-5, mean square error on one-hot 
 at loss 6.3e-4, whichever comes first. What the paper leaves open is as PyTorch has it: pixels in [0, 1], Adam's
 epsilon 1e-8, float32; no bias at the output. Two *heads* read the output:
 
-* linear, the formula of the paper: the loss falls without a halt, and the neurons condense little (about 250 groups
-  at cosine .9 when it passes 6.3e-4);
+* linear, the formula of the paper: the loss falls without a halt, and the neurons condense little (about 250
+  groups at cosine .9 when it passes 6.3e-4);
 * softmax, with the mean square error behind it: the loss comes to stand, at a level that depends on the seed, and
-  the neurons condense to a few dozen directions. The paper's formula has no softmax, but its figure looks like this.
+  the neurons condense to a few dozen directions. The paper's formula has no softmax; its figure looks like this.
 
 Side by side, over the width kept:
 
