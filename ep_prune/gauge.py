@@ -35,7 +35,9 @@ from ep_prune.probes import synthetic_probes
 from ep_prune.trace import as_arguments, prepare, run, trace
 
 PIECE = 256
-"""The most samples that are run at once."""
+"""The most samples that are run at once; fewer where they are large: up to `ELEMENTS` of input."""
+
+ELEMENTS = 2**18
 
 Values = dict[Node, Tensor]
 Shift = dict[Node, tuple[Tensor, int]]
@@ -70,7 +72,7 @@ class WidthGauge:
         self.pieces = _pieces(calls)
         self.graph = trace(working, self.pieces[0])
         self.inputs = [bind(self.graph, piece) for piece in self.pieces]
-        self.samples = sum(_batch(piece) for piece in self.pieces)
+        self.samples = sum(map(_batch, calls))
         self.spaces = consumed_spaces(self.graph)
 
     def follow(self, model: nn.Module) -> None:
@@ -279,11 +281,15 @@ def _pieces(calls: Sequence[object]) -> list[object]:
     if any(len(own) != 1 or own == {0} for own in sizes):
         return list(calls)
     total = sum(own.pop() for own in sizes)
-    count = max(2, math.ceil(total / PIECE))
+    each = max(leaf.numel() // leaf.shape[0] for own in tensors for leaf in own)
+    count = max(2, math.ceil(total / max(2, min(PIECE, ELEMENTS // max(each, 1)))))
     size = max(2, math.ceil(total / count))
     joined = []
     for places in zip(*(leaves for leaves, _ in flat), strict=True):
-        joined.append(torch.cat(places) if isinstance(places[0], Tensor) else places[0])
+        try:
+            joined.append(torch.cat(places) if isinstance(places[0], Tensor) else places[0])
+        except (RuntimeError, TypeError) as error:
+            raise InputError("the probes differ in more than their number: pass batches of one shape") from error
     pieces = []
     for j in range(count):
         index = (torch.arange(size) * count + j) % total

@@ -240,9 +240,9 @@ def test_the_model_and_the_random_state_stay_as_they_were() -> None:
 
 def test_the_result_as_text_as_plain_values_and_as_a_picture(tmp_path: Path) -> None:
     model, probes = mlp(6), inputs((4,), 64)
-    labelled = [(probes[:32], torch.zeros(32)), (probes[32:], torch.zeros(32))]
+    labelled = [(probes[:32], torch.zeros(32)), (probes[32:63], torch.zeros(31))]
     found = effective_width(model, probes[:1], (1e-2, 1e-1), probes=labelled, spaces=["0"])
-    assert found.tols == (0.1, 0.01) and list(found.spaces) == ["0"] and found.samples == 64
+    assert found.tols == (0.1, 0.01) and list(found.spaces) == ["0"] and found.samples == 63
     values = json.loads(json.dumps(found.to_dict()))
     assert values["grade"] == "fitted"
     assert values["spaces"][0]["widths"] == [[0.1, found.at(0.1)["0"]], [0.01, found.at(0.01)["0"]]]
@@ -250,7 +250,7 @@ def test_the_result_as_text_as_plain_values_and_as_a_picture(tmp_path: Path) -> 
     lines = str(found).splitlines()
     assert lines[0].split() == ["space", "full", "1e-01", "1e-02"]
     assert lines[2].split() == ["0", "6", str(found.at(0.1)["0"]), str(found.at(0.01)["0"])]
-    assert lines[-1] == "fitted, 64 probes"
+    assert lines[-1] == "fitted, 63 probes"
     found.plot(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
@@ -282,6 +282,7 @@ def measured(**options: Any) -> EffectiveWidths:
         ({"tol": ()}, "tol is empty"),
         ({"spaces": ["1"]}, "no space '1': choose among 0, 2"),
         ({"probes": []}, "probes is empty"),
+        ({"probes": [torch.zeros(5, 4), torch.zeros(5, 3)]}, "pass batches of one shape"),
         ({"probes": [torch.zeros(5, 3, dtype=torch.float64)]}, "export|run"),
     ],
 )
