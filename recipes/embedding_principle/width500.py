@@ -192,8 +192,13 @@ def finish(
     def apart(f: Tensor, reference: Tensor) -> float:
         return float((f - reference).abs().max() / reference.abs().max())
 
+    ends = {k: curve[-1].get(f"change_at_{k}", math.nan) for k in (2, 3)}
     table = {
         "tol": TOL,
+        "width 1 at the plateau and 3 at the end at any tolerance": {
+            "from": max(*(c["change_at_1"] for c in curve[first : last + 1]), ends[3]),
+            "to": ends[2],
+        },
         "loss of the best width-1 function": loss_of_one,
         "first plateau": {
             "from": steps[first],
@@ -217,7 +222,7 @@ def finish(
     common.write_json(args.out / "width500.json", args, table)
     draw(args, curve, grid, (one, outputs[middle], middle), (outputs[end], end))
     (args.out / "width500.state").unlink(missing_ok=True)
-    for key in ("loss of the best width-1 function", "first plateau", "end"):
+    for key in list(table)[1:5]:
         print(f"{key}: {table[key]}")
     return table
 
