@@ -10,6 +10,8 @@ the number of directions that hold most of the layer's weight. At finite width t
 
 Six points of a curve on [-1, 1], mean of squares, gradient descent on the full batch with a step that grows
 while the loss falls and halves when it rises, until the loss is below 1e-4 of the variance or the steps run out.
+Runs from the smallest weights may then still stand at a critical point of a narrower network: the means over a phase
+leave them out and say how many they are; the figure marks their cells with a star.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ SAME = 0.999
 """Directions with a cosine of at least this count as one (2.6 degrees)."""
 
 MOST = 0.95
+FITTED = 1e-4
+"""Training ends at this loss, relative to the variance of y."""
+
 GAMMA = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 GAMMA_PRIME = (-0.5, 0.0, 0.5, 1.0)
 X = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -55,7 +60,7 @@ def train(weights: Tensor, out: Tensor, steps: int) -> tuple[Tensor, Tensor, flo
 
     value, hidden, residual = loss(weights, out)
     rate, step = 1e-3, 0
-    while step < steps and value > 1e-4:
+    while step < steps and value > FITTED:
         step += 1
         back = residual * (2 / len(Y))
         by_weights = ((hidden > 0) * back) @ x.T * out.unsqueeze(1)
@@ -144,7 +149,11 @@ def finish(
     table = {
         "tol": TOL,
         "phases": {
-            name: {key: mean(key, chosen) for key in ("width", "directions", "loss")} | {"runs": len(chosen)}
+            name: {
+                **{key: mean(key, [r for r in chosen if r["loss"] <= FITTED]) for key in ("width", "directions")},
+                "runs": len(chosen),
+                "still at a critical point": [r["width"] for r in chosen if r["loss"] > FITTED],
+            }
             for name, chosen in phases.items()
         },
         "runs": rows,
@@ -159,7 +168,8 @@ def finish(
         cells = {
             (g, p): [r for r in rows if (r["gamma"], r["gamma_prime"]) == (g, p)] for g in gammas for p in primes
         }
-        show(panel, [[mean(key, cells[g, p]) for g in gammas] for p in primes], gammas, primes)
+        stuck = {cell for cell, chosen in cells.items() if any(r["loss"] > FITTED for r in chosen)}
+        show(panel, {cell: mean(key, chosen) for cell, chosen in cells.items()}, stuck, gammas, primes)
         panel.set_title(title, fontsize=10)
     common.save_figure(figure, args.out / "condensation.png")
     (args.out / "condensation.state").unlink(missing_ok=True)
@@ -168,12 +178,18 @@ def finish(
     return table
 
 
-def show(panel: Any, values: list[list[float]], gammas: tuple[float, ...], primes: tuple[float, ...]) -> None:
+def show(
+    panel: Any,
+    values: dict[tuple[float, float], float],
+    stuck: set[tuple[float, float]],
+    gammas: tuple[float, ...],
+    primes: tuple[float, ...],
+) -> None:
     """A map with its numbers, and the boundary in theory: gamma = 1 below gamma' = 0, then gamma' = gamma - 1."""
-    panel.imshow(values, origin="lower", cmap="viridis", aspect="auto")
-    for row, line in enumerate(values):
-        for column, value in enumerate(line):
-            panel.text(column, row, f"{value:.0f}", ha="center", va="center", color="white", fontsize=9)
+    panel.imshow([[values[g, p] for g in gammas] for p in primes], origin="lower", cmap="viridis", aspect="auto")
+    for (column, g), (row, p) in itertools.product(enumerate(gammas), enumerate(primes)):
+        text = f"{values[g, p]:.0f}" + ("*" if (g, p) in stuck else "")
+        panel.text(column, row, text, ha="center", va="center", color="white", fontsize=9)
     if len(gammas) > 1 and len(primes) > 1:
         across, up = gammas[1] - gammas[0], primes[1] - primes[0]
         corner = (1 - gammas[0]) / across, -primes[0] / up
