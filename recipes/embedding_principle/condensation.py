@@ -10,8 +10,8 @@ the number of directions that hold most of the layer's weight. At finite width t
 
 Six points of a curve on [-1, 1], mean of squares, gradient descent on the full batch with a step that grows
 while the loss falls and halves when it rises, until the loss is below 1e-4 of the variance or the steps run out.
-Runs from the smallest weights may then still stand at a critical point of a narrower network: the means over a phase
-leave them out and say how many they are; the figure marks their cells with a star.
+Runs from the smallest weights may then still stand at a critical point of a narrower network: the means over a
+phase leave them out and say how wide they are; the figure marks their cells with a star.
 """
 
 from __future__ import annotations
