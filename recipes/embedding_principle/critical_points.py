@@ -61,8 +61,9 @@ def curvatures(value: Value, points: Tensor) -> Tensor:
     """The Hessian of every trial's loss, (trials, p, p)."""
     points = points.detach().requires_grad_()
     (slope,) = torch.autograd.grad(value(points).sum(), points, create_graph=True)
-    rows = [torch.autograd.grad(column, points, retain_graph=True)[0] for column in slope.sum(dim=0)]
-    full = torch.stack(rows, dim=1)
+    unit = torch.eye(points.shape[1], dtype=points.dtype)[:, None].expand(-1, *points.shape)
+    (rows,) = torch.autograd.grad(slope, points, unit, is_grads_batched=True)
+    full = rows.movedim(0, 1)
     return (full + full.mT) / 2
 
 
