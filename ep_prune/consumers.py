@@ -136,7 +136,9 @@ def _consumer(demand: Demand, member: Tensor, n: int) -> Consumer | str:
     order = order[member[order] >= 0]
     counts = torch.bincount(member[order], minlength=n)
     if bool((counts != counts[0]).any()):
-        return f"{layer} reads some of its channels more often than others"
+        return (
+            f"{layer} reads only some of its channels" if bool((counts == 0).any()) else f"{layer} reads unevenly"
+        )
     return Consumer(
         demand.port.name,
         demand.port.op.layout,

@@ -63,7 +63,7 @@ def elimination_order(parts: Sequence[Part], pinned: Tensor) -> Tensor:
     parts = [_unit(part) for part in parts]
     rest = torch.arange(n)
     gone: list[Tensor] = []
-    if n > LARGE:
+    if n > LARGE and parts:
         spanning = _spanning(parts, pinned)
         gone.append(rest[~spanning])
         rest = rest[spanning]

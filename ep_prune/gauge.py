@@ -4,12 +4,9 @@ For one space of n channels, all others as they are, width k is measured so:
 
     1. run the probes, and keep what each consumer of the space reads: x, (rows, n);
     2. order the channels (`elimination`), each consumer's outputs weighed by how much the network's outputs
-    change with
-       them (the gradient of a random projection);
+       change with them (the gradient of a random projection);
     3. write all channels through the first k: x ~ T x_K + t, T by least squares, and fold: W' = W T in every
-    consumer,
-       and into its bias, where it has one or a batch norm's mean behind it, the mean of what is then still
-       missing;
+       consumer; the mean of what its outputs then lack goes into its bias, where there is room for one;
     4. run the network with these weights, and compare its outputs with the wide ones, float64, end to end.
 
 T is fitted on every second piece of the probes, and outputs are compared on all of them, so that a fit to noise
@@ -113,7 +110,8 @@ class WidthGauge:
         axes = {node: consumer.layout.axis for consumer in consumers for node, _ in consumer.uses}
         draw = torch.Generator().manual_seed(self.seed)
         with torch.enable_grad():
-            leaves = {c.name: self.graph.tensors[c.name].double().requires_grad_() for c in consumers}
+            leaves = {c.name: self.graph.tensors[c.name].detach().double() for c in consumers}
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
             found = evaluate(self.graph, self.inputs[0], [*nodes, *self.graph.outputs], replace=leaves)
             total = torch.zeros((), dtype=torch.float64)
             for node, sizes in zip(self.graph.outputs, zip(*wide, strict=True), strict=True):
@@ -123,14 +121,14 @@ class WidthGauge:
                     sign = torch.randint(0, 2, out.shape, generator=draw) * 2.0 - 1
                     total = total + (out * sign.to(out) / size).sum().to(total.device)
             points = [found[node] for node in nodes]
-            slopes: Sequence[Tensor | None] = [None] * len(nodes)
-            if total.requires_grad and points:
+            slopes: Sequence[Tensor | None] = [torch.ones_like(point) for point in points]
+            if total.requires_grad and points:  # else all matter alike: the outputs are integers
                 slopes = torch.autograd.grad(total, points, allow_unused=True)
         result = {}
         for node, point, slope in zip(nodes, points, slopes, strict=True):
             rest = [axis for axis in range(point.ndim) if axis != axes[node]]
-            flat = torch.ones(point.shape[axes[node]]) if slope is None else slope.square().mean(rest).sqrt()
-            result[node] = flat.detach().to("cpu", torch.float64)
+            slope = torch.zeros_like(point) if slope is None else slope
+            result[node] = slope.square().mean(rest).sqrt().detach().to("cpu", torch.float64)
         return result
 
 
@@ -171,6 +169,10 @@ class Measurement:
         for consumer in self.space.consumers:
             for _, source in consumer.uses:
                 x = values[source].movedim(consumer.layout.axis, -1).cpu()
+                if not bool(torch.isfinite(x).all()):
+                    raise InputError(
+                        f"the probes make NaN or infinite values in front of {consumer.name!r}: leave these out"
+                    )
                 rows = x[..., consumer.place.T].reshape(-1, self.space.width)
                 rows = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), rows], 1)
                 self.factors[consumer.name] = absorbed(self.factors.get(consumer.name), rows)

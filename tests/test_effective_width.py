@@ -43,18 +43,30 @@ def mlp(width: int, inputs: int = 4, outputs: int = 3, act: type[nn.Module] = nn
 # ---- planted redundancy: the exact width ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [5, 1, 12, 18, 24])
-def test_embedded_networks_have_their_narrow_widths(seed: int) -> None:
+EMBEDDED = (
+    "mlp with sigmoid",
+    "cnn with tanh",
+    "resnet with silu",
+    "concat with gelu",
+    "depthwise with leaky_relu",
+)
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_embedded_networks_have_their_narrow_widths(kind: str) -> None:
     """A general compatible embedding (copies, signs, offsets, constants) of one irreducible network a family."""
+    seed = next(seed for seed in range(100) if network(seed)[2].startswith(f"{kind},"))
     narrow, example, description = network(seed)
     wide = embed(narrow, example, seed=seed)
     found = effective_width(wide, example, 1e-8, probes=[normal(64, *example.shape[1:], seed=seed)])
     expected = widenable(narrow, example)
-    assert {name: found.at(1e-8)[name] for name in expected} == expected, description
+    assert len(expected) >= 2
     for name, width in expected.items():
         curve = found.spaces[name]
-        assert curve.full > width
-        assert curve.changes[width] <= 1e-8 < curve.changes[width - 1], description
+        assert curve.at(1e-8) <= width < curve.full, description
+        if not kind.startswith("depthwise"):  # whose layers without activation may have a lower rank
+            assert curve.at(1e-8) == width, description
+            assert curve.changes[width] <= 1e-8 < curve.changes[width - 1], description
 
 
 @pytest.mark.parametrize("act", [nn.Tanh, nn.Sigmoid, nn.ReLU])
@@ -215,6 +227,34 @@ def test_fixed_spaces_keep_their_width_and_say_why(model: nn.Module, shape: tupl
     assert (curve.at(0.5), curve.full) == (6, 6)
     assert found.curves[-1].fixed == "an output of the model"
     assert f"fixed: {curve.fixed}" in str(found)
+
+
+def test_a_space_that_the_outputs_do_not_need_has_width_one() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.more = nn.Linear(3, 2), nn.Linear(3, 120), nn.Linear(120, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.used(x) + 0.0 * self.more(self.unused(x).tanh())
+            return y
+
+    found = effective_width(randomize_(Dead()), inputs((3,), 8), 1e-9, probes=[inputs((3,), 400)])
+    assert found.at(1e-9)["unused"] == 1 and found.spaces["unused"].full == 120
+
+
+def test_probes_that_overflow_are_refused_by_name() -> None:
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.exp(self.a(x))).tanh()
+            return y
+
+    with pytest.raises(InputError, match=r"in front of 'b.weight'"):
+        effective_width(randomize_(Overflows()), inputs((3,), 8), 0.1, probes=[1e4 * inputs((3,), 40)])
 
 
 # ---- use -----------------------------------------------------------------------------------------------------
