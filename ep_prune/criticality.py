@@ -291,8 +291,7 @@ def _value(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
 def _exact(eigenvalues: Tensor, tolerance: float | None) -> Inertia:
     """Counts in the full spectrum (n,)."""
     eigenvalues = eigenvalues.detach().cpu()
-    n = len(eigenvalues)
-    sizes = eigenvalues.abs()
+    n, sizes = len(eigenvalues), eigenvalues.abs()
     largest = float(sizes.max())
     limit = ROUNDINGS * n * torch.finfo(torch.float64).eps * largest if tolerance is None else tolerance
     zero = sizes <= limit
@@ -342,8 +341,7 @@ def _lanczos(scene: _Scene, generator: torch.Generator, steps: int) -> tuple[Ten
 def _estimate(nodes: list[tuple[Tensor, Tensor, Tensor]], n: int, tolerance: float | None) -> Inertia:
     """Means of the counts over the probes, their standard errors, and what is left open."""
     sizes = torch.cat([ritz for ritz, _, _ in nodes]).abs()
-    largest = float(sizes.max())
-    limit = RESOLUTION * largest if tolerance is None else tolerance
+    limit = RESOLUTION * float(sizes.max()) if tolerance is None else tolerance
     counts, unresolved = [], []
     for node in nodes:
         above, split_above = _mass_above(*node, limit)
@@ -361,7 +359,7 @@ def _estimate(nodes: list[tuple[Tensor, Tensor, Tensor]], n: int, tolerance: flo
         parameters=n,
         method="lanczos",
         tolerance=limit,
-        largest=largest,
+        largest=float(sizes.max()),
         largest_zero=float(sizes[small].max()) if small.any() else None,
         smallest_nonzero=float(sizes[~small].min()) if not small.all() else None,
         errors=(first, second, third),

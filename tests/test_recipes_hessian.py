@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from recipes.embedding_principle import critical_functions, critical_points, hessian
@@ -58,6 +59,31 @@ def test_a_split_never_loses_an_eigenvalue_of_any_sign(spectra):
         for before, after in zip(entry["widths"], entry["widths"][1:], strict=False):
             assert all(after[key] >= before[key] for key in ("positive", "zero", "negative"))
             assert min(after["negative by neuron"]) == after["negative"] >= before["negative"]
+
+
+@pytest.mark.parametrize("index, name", [(0, "1-D"), (1, "Iris")])
+def test_what_a_split_adds_is_the_inertia_of_its_own_block(spectra, index, name):
+    """[[A, B], [B^T, 0]] of the recipe's docstring, written out for the first split of either chain."""
+    out, table = spectra
+    case = hessian.cases(True)[index]
+    with safe_open(str(out / "hessian.state"), "pt") as file:
+        point = file.get_tensor(name)
+    model = critical_points.two_layer(case.x.shape[1], case.width, case.y.shape[1], case.activation, case.bias)
+    critical_points.at(model, point)
+    before, after = table[name]["widths"][:2]
+    x = torch.cat([case.x, torch.ones(len(case.x), 1, dtype=torch.float64)], dim=1) if case.bias else case.x
+    s = model[:2](case.x)[:, after["split neuron"]].detach()
+    first, second = (1 - s**2, -2 * s * (1 - s**2)) if name == "1-D" else (s * (1 - s), s * (1 - s) * (1 - 2 * s))
+    residual = (model(case.x) - case.y).detach()
+    outgoing = model[2].weight[:, after["split neuron"]].detach()
+    a = torch.einsum("i,id,ie->de", residual @ outgoing * second, x, x) / len(x)
+    b = torch.einsum("i,id,ik->dk", first, x, residual) / len(x)
+    assert (b @ outgoing).abs().max() < 1e-13
+    zeros = torch.zeros(b.shape[1], b.shape[1], dtype=torch.float64)
+    block = torch.linalg.eigvalsh(torch.cat([torch.cat([a, b], 1), torch.cat([b.T, zeros], 1)]))
+    bound = 1e-11 * block.abs().max()
+    added = [int((block > bound).sum()), int((block.abs() <= bound).sum()), int((block < -bound).sum())]
+    assert added == [after[key] - before[key] for key in ("positive", "zero", "negative")]
 
 
 def test_four_functions_are_those_where_training_ends(functions):
