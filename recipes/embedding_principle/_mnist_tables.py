@@ -93,9 +93,12 @@ def figure(results: dict[str, list[dict[str, Any]]], width: int) -> Figure:
     for axes, (head, runs) in zip(grid, results.items(), strict=True):
         _training(axes[0], head, runs)
         _over_width(axes[1], runs, width, lambda run, row: max(change(run, row), 1e-6), LOSS)
-        axes[1].set(ylabel="relative change of the training loss", title="below 1e-6 drawn at 1e-6")
+        axes[1].set(
+            ylabel="relative change of the training loss",
+            title="without labels but for retraining; negative: 1e-6",
+        )
         _over_width(axes[2], runs, width, lambda run, row: max(1 - row["agreement"], 1e-5), 1 - AGREEMENT)
-        axes[2].set(ylabel="test images with another prediction", title="none drawn at 1e-5")
+        axes[2].set(ylabel="test images with another prediction", title="agreement; none other: 1e-5")
         axes[1].legend(fontsize=8)
     return picture
 
