@@ -1,8 +1,8 @@
 """What `EffectiveWidthMonitor` costs at its default interval: the width-500 run with it and without it.
 
-    python -m benchmarks.monitor [--steps 60000] [--quick] [--out bench-out/]
+    python -m benchmarks.monitor [--steps 120000] [--quick] [--out bench-out/]
 
-One run is cut into blocks of 500 steps, every second one watched: `monitor.step` after each step. The monitor's
+One run is cut into blocks of 100 steps, every second one watched: `monitor.step` after each step. The monitor's
 clock stands still in the other blocks, so that its share is of the watched time alone. Reported: seconds of all
 watched blocks over seconds of all plain ones, less 1, by the wall clock and in processor time; and the monitor's
 own count. Asserted at the end, with exit code 1: the overhead by the wall clock, which is what the share is of, is
@@ -24,7 +24,7 @@ import torch
 from ep_prune.monitor import EffectiveWidthMonitor
 from recipes.embedding_principle.width500 import TOLS, start
 
-BLOCK = 500
+BLOCK = 100
 ALLOWED = 0.05
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.monitor", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--steps", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=120_000)
     parser.add_argument("--quick", action="store_true", help="10,000 steps")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     args = parser.parse_args(argv)
