@@ -11,10 +11,10 @@ The learning rate. The paper says .005, and not how its loss is normalized. With
 reaches the first plateau (loss .11 at step 2,000) and stays on it: the offsets b, which are 0 there by symmetry,
 grow by 1e-5 of themselves a step at first and by 2e-6 later, and the loss is still .104 at step 300,000, with an
 output bias or without, for seeds 0 and 1. With ten times the rate, .05, the run leaves the plateau near step
-70,000, as the paper's does. So that is the default (`--rate`), found by trying 1/2, 1, 4, 10, 25 and 50 times
-.005; the last two diverge. At .05 the plateau is at the edge of stability (sharpness 42, 2 / .05 = 40): the loss
-swings between .1122 and .1125 from one step to the next, above the .1090 of the best width-1 function, and few
-neurons stay large (14 at step 30,000), whose offsets therefore grow faster.
+70,000, as the paper's does (seed 1: near 90,000). So that is the default (`--rate`), found by trying 1/2, 1, 4,
+10, 25 and 50 times .005; the last two diverge. At .05 the plateau is at the edge of stability (sharpness 42, 2 /
+.05 = 40): the loss swings between .1122 and .1125 from one step to the next, above the .1090 of the best width-1
+function, and few neurons stay large (14 at step 30,000), whose offsets therefore grow faster.
 """
 
 from __future__ import annotations
