@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
+from ep_prune.rules import REGISTRY
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -187,9 +188,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         for dynamic in (True, False):
             try:
                 dynamic_shapes = shapes.dynamic_shapes(model, args, kwargs) if dynamic else None  # type: ignore[no-untyped-call]
-                program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-                ).run_decompositions(dict(_COMPOSED))
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+                if _is_functional(program):
+                    program.graph.eliminate_dead_code()  # results that nobody reads, as of a max pool's places
+                else:
+                    program = program.run_decompositions(dict(_COMPOSED))
                 return _convert(program, model)
             except Exception as error:
                 failure = failure or error
@@ -198,6 +201,20 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         f"the model cannot be exported{_stopped_at(failure)}: {_first_line(failure)}; "
         "reduce a submodule that does export instead (ep_prune.reduce(model.backbone, ...))"
     ) from failure
+
+
+def _is_functional(program: torch.export.ExportedProgram) -> bool:
+    """Whether every operator has a rule and none works in place: making it functional, most of the time that a
+    trace takes, would change nothing."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
+            if str(node.target).removesuffix(".default") not in REGISTRY:
+                return False
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                return False
+        elif node.op not in ("call_function", "placeholder", "output"):
+            return False
+    return True
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 A round's folds hold x = T z + t at the input of every weight. An entry of T says which narrow channel a wide one
 is a copy of, and at which ratio; a row without entries is a null. Cuts say how wide each axis was. From these
 follow the pull-back map of every space, and the scales and offsets that the copies have where they are read;
-`widen_rules` carries them to the producers. Outgoing weights are the shortest that the forward condition allows, so
-that nulls are not read at all: they, and the shares of the copies, are what a plan leaves free.
+`widen_rules` carries them to the producers. Outgoing weights are the shortest that the forward condition allows,
+so that nulls are not read at all: they, and the shares of the copies, are what a plan leaves free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seeded random narrow networks of five families and seven activations, irreducible with probability 1.
+"""Seeded random narrow networks of seven families and seven activations, irreducible with probability 1.
 
 Float64, eval mode, widths of 2 to 5. All weights, biases and batch-norm statistics are drawn from continuous
 distributions, so no two channels coincide except by design; pre-activations cross 0 (and 6, for ReLU6).
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "relu6": nn.ReLU6,
 }
-FAMILIES = ("mlp", "cnn", "resnet", "concat", "depthwise")
+FAMILIES = ("mlp", "cnn", "resnet", "concat", "depthwise", "gated", "autoencoder")
 
 
 class Draw:
@@ -47,7 +47,7 @@ class Draw:
 
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                     normal(module.weight, 1.4 / module.weight[0].numel() ** 0.5)
                     if module.bias is not None:
                         normal(module.bias, 0.3)
@@ -167,12 +167,46 @@ def _depthwise(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers), torch.empty(4, 3, 8, 8)
 
 
-_MAKERS = (_mlp, _cnn, _resnet, _concat, _depthwise)
+class Gated(nn.Module):
+    """down(act(gate(x)) * up(x)), as in the gated layers of transformers."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.gate = nn.Linear(inputs, inner)
+        self.up = nn.Linear(inputs, inner)
+        self.down = nn.Linear(inner, outputs)
+        self.act = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.act(self.gate(x)) * self.up(x))
+        return y
+
+
+def _gated(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
+    inputs, middle = draw.integer(3, 5), draw.width()
+    layers = [Gated(inputs, draw.width(), middle, act), act(), Gated(middle, draw.width(), 3, act)]
+    return nn.Sequential(*layers), torch.empty(8, inputs)
+
+
+def _autoencoder(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
+    one, two, three = draw.width(), draw.width(), draw.width()
+    return nn.Sequential(
+        nn.Conv2d(2, one, 3, padding=1),
+        act(),
+        nn.Conv2d(one, two, 2, stride=2),
+        act(),
+        nn.ConvTranspose2d(two, three, 2, stride=2),
+        act(),
+        nn.Conv2d(three, 2, 1),
+    ), torch.empty(4, 2, 6, 6)
+
+
+_MAKERS = (_mlp, _cnn, _resnet, _concat, _depthwise, _gated, _autoencoder)
 
 
 def network(seed: int) -> tuple[nn.Module, Tensor, str]:
-    """A narrow network, example inputs and a description: all 35 combinations in 35 consecutive seeds."""
-    family, activation = seed % 5, list(ACTIVATIONS)[seed // 5 % 7]
+    """A narrow network, example inputs and a description: all 49 combinations in 49 consecutive seeds."""
+    family, activation = seed % 7, list(ACTIVATIONS)[seed // 7 % 7]
     draw = Draw(seed)
     model, shape = _MAKERS[family](draw, ACTIVATIONS[activation])
     draw.fill_(model.double().eval())

@@ -45,6 +45,7 @@ LAYERS = (
     "refine",
     "effective_width",
     "monitor",
+    "criticality",
     "pipeline",
     "storage",
     "demo_model",
