@@ -49,8 +49,8 @@ class ChannelEmbedding:
 class Fold:
     """A weight that consumes: its inputs through `embedding`, its outputs cut to `outputs` (G', O') in `groups`.
 
-    `width`: outputs in all before the cut. What W t sends goes to `bias` (added), to `mean` (the running mean of the batch norm that follows,
-    subtracted), or into a new bias, where `new_bias` names the module.
+    `width`: outputs in all before the cut. What W t sends goes to `bias` (added), to `mean` (the running mean of
+    the batch norm that follows, subtracted), or into a new bias, where `new_bias` names the module.
     """
 
     weight: str

@@ -7,6 +7,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Contract   y_o = sum_i W_oi * x_i + b_o     linear, convolution, transposed convolution
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
+    Standardize                                 layer norm: sees all channels
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
     Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
@@ -164,6 +165,16 @@ class Normalize(Operation):
     bias: Node | None
     mean: Node
     variance: Node
+    eps: float
+
+
+@dataclass(frozen=True)
+class Standardize(Operation):
+    """Layer norm: (x - mean) / sqrt(variance + eps) * weight + bias; moments over the channels, the last axis."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
     eps: float
 
 

@@ -122,6 +122,12 @@ def _norm(module: nn.Module) -> None:
     module.num_features = len(sized)
 
 
+def _layer_norm(module: nn.Module) -> None:
+    assert isinstance(module, nn.LayerNorm)
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
 def _prelu(module: nn.Module) -> None:
     assert isinstance(module, nn.PReLU)
     module.num_parameters = module.weight.numel()
@@ -136,6 +142,7 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.Linear, _linear),
     (nn.modules.conv._ConvNd, _convolution),
     (nn.modules.batchnorm._NormBase, _norm),
+    (nn.LayerNorm, _layer_norm),
     (nn.PReLU, _prelu),
     (nn.Embedding, _table),
 )

@@ -8,6 +8,7 @@ pinned, with the reason. Unions are recorded and resolved once, vectorized.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,13 +33,23 @@ class Groups:
     outputs: Tensor
 
 
+@dataclass(frozen=True)
+class Standardized:
+    """A layer norm reads these channels: only equal multiplicities keep what it computes.
+
+    They are pinned too, with `reason`, since no selection makes use of that."""
+
+    slots: Tensor
+    reason: str
+
+
 @dataclass
 class Slots:
     """All slots of one numbering."""
 
     count: int = 0
     bound: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    constraints: list[EqualCounts | Groups] = field(default_factory=list)
+    constraints: list[EqualCounts | Groups | Standardized] = field(default_factory=list)
     _unions: list[Tensor] = field(default_factory=list)
     _pins: list[tuple[Tensor, str]] = field(default_factory=list)
 
@@ -78,11 +89,12 @@ class Slots:
                 return root
             root = proposed
 
-    def pinned(self, roots: Tensor) -> Tensor:
-        """(count,) bool by root."""
+    def pinned(self, roots: Tensor, apart_from: Collection[str] = ()) -> Tensor:
+        """(count,) bool by root; pins for the reasons `apart_from` do not count."""
         mask = torch.zeros(self.count, dtype=torch.bool)
-        for slots, _ in self._pins:
-            mask[roots[slots]] = True
+        for slots, reason in self._pins:
+            if reason not in apart_from:
+                mask[roots[slots]] = True
         return mask
 
     def reasons(self, roots: Tensor) -> dict[str, Tensor]:

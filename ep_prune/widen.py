@@ -216,22 +216,41 @@ def _order(
     if not factor >= 1:
         raise InputError(f"a factor of {factor} does not widen: pass one of at least 1")
     narrow = {space.name: len(space.members) for space in spaces}
+    whole = {space.name for space in spaces if space.whole}
     given = {name: _shares(name, value, narrow) for name, value in (coefficients or {}).items()}
     if given and (kind != "splitting" or not critical):
         raise InputError(f"coefficients are those of a splitting embedding: pass kind='splitting', not {kind!r}")
     if widths is None and given:
         widths = {name: len(value) for name, value in given.items()}
+    for name, shares in given.items():
+        if name in whole and float((shares.sum(1) - len(shares.T) / len(shares)).abs().max()) > 1e-12:
+            raise InputError(f"a layer norm reads the space {name!r}: only equal shares keep critical points")
     if widths is None:
+        if kind in ("threefold", "null"):  # neither is one of equal multiplicities and shares
+            narrow = {name: k for name, k in narrow.items() if name not in whole}
         if kind == "threefold":
             chosen = {name: 3 * k for name, k in narrow.items()}
         else:
-            chosen = {name: max(k + 1, round(factor * k)) for name, k in narrow.items()} if factor > 1 else {}
+            chosen = {
+                name: k * max(2, round(factor)) if name in whole else max(k + 1, round(factor * k))
+                for name, k in narrow.items()
+                if factor > 1
+            }
         return _Order(kind, critical, given, chosen)
     for name, width in widths.items():
         _known(name, narrow)
         if width < narrow[name]:
             raise InputError(
                 f"the space {name!r} has {narrow[name]} channels: pass a width of at least that, not {width}"
+            )
+        if name in whole and kind in ("threefold", "null") and width > narrow[name]:
+            raise InputError(
+                f"a layer norm reads the space {name!r}: only copies, with equal shares, keep the function"
+            )
+        if name in whole and width % narrow[name]:
+            raise InputError(
+                f"a layer norm reads the space {name!r} and sees all channels: only a multiple of {narrow[name]}"
+                f" channels keeps the function, not {width}"
             )
         if kind == "threefold" and width not in (narrow[name], 3 * narrow[name]):
             raise InputError(f"three-fold splitting makes {3 * narrow[name]} channels of the space {name!r}")
@@ -263,6 +282,10 @@ def _shares(name: str, value: Tensor, narrow: Mapping[str, int]) -> Tensor:
 def _pull(space: WideSpace, order: _Order, calm: bool, generator: torch.Generator) -> Pull:
     """A map of wide channels onto the space's own and null (-1): given, or at random."""
     k, width = len(space.members), order.widths[space.name]
+    if space.whole and space.name not in order.coefficients:  # every channel equally often, and with equal shares
+        pi = torch.arange(k).repeat(width // k)[torch.randperm(width, generator=generator)]
+        share = torch.full((width,), k / width, dtype=torch.float64)
+        return Pull(space.name, space.members, pi, _first_copies(pi, k), share, varied=False)
     if space.name in order.coefficients:
         shares = order.coefficients[space.name]
         pi = torch.where((shares != 0).any(1), (shares != 0).long().argmax(1), -1)

@@ -13,18 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_prune.graph import Contract, Graph, Node, Normalize, Operation, Slope
+from ep_prune.graph import Contract, Graph, Node, Normalize, Operation, Slope, Standardize
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rules import kind_of
-from ep_prune.slots import EqualCounts, Groups
+from ep_prune.slots import EqualCounts, Groups, Standardized
 
 
 @dataclass(frozen=True)
 class WideSpace:
-    """A space that can be widened: `members` (k,) are its slots' roots, in order."""
+    """A space that can be widened: `members` (k,) are its slots' roots, in order.
+
+    whole: a layer norm reads it, so that every channel must be copied equally often.
+    """
 
     name: str
     members: Tensor
+    whole: bool = False
 
 
 def numbered(graph: Graph) -> tuple[Numbering, dict[Node, Operation]]:
@@ -40,7 +44,9 @@ def numbered(graph: Graph) -> tuple[Numbering, dict[Node, Operation]]:
 def open_spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace]:
     """Sets of channels that run along the same parameter axes, and may all be widened."""
     roots = n.slots.roots()
-    fixed = n.slots.pinned(roots)
+    standardized = [c for c in n.slots.constraints if isinstance(c, Standardized)]
+    fixed = n.slots.pinned(roots, apart_from={constraint.reason for constraint in standardized})
+    whole = torch.zeros_like(fixed)
     plain = _plainly_used(n, kinds)
     code = torch.zeros(n.slots.count, dtype=torch.int64)
     draw = torch.Generator().manual_seed(0)
@@ -56,6 +62,9 @@ def open_spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace
         elif isinstance(constraint, Groups) and constraint.inputs.shape[1] > 1:
             fixed[roots[constraint.inputs]] = True
             fixed[roots[constraint.outputs]] = True
+    for constraint in standardized:
+        whole[roots[constraint.slots]] = True
+    rows = {tuple(roots[constraint.slots].tolist()) for constraint in standardized}
     found: dict[str, WideSpace] = {}
     taken: set[int] = set()
     for op in kinds.values():
@@ -68,13 +77,14 @@ def open_spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace
         own = torch.unique(roots[n.slots.bound[(name, axis)]])
         for key in torch.unique(code[own]).tolist():
             members = own[code[own] == key]
-            if key in taken or bool(fixed[members].any()):
+            seen = bool(whole[members].any())
+            if key in taken or bool(fixed[members].any()) or (seen and tuple(members.tolist()) not in rows):
                 continue
             taken.add(key)
             base = name.rpartition(".")[0] or name
             labels = itertools.chain([base], (f"{base}:{k}" for k in itertools.count(1)))
             label = next(label for label in labels if label not in found)
-            found[label] = WideSpace(label, members)
+            found[label] = WideSpace(label, members, seen)
     return list(found.values())
 
 
@@ -90,6 +100,8 @@ def _plainly_used(n: Numbering, kinds: Mapping[Node, Operation]) -> set[str]:
             parts: Iterable[Node | None] = (op.weight, op.bias)
         elif isinstance(op, Normalize) and op.weight is not None and op.bias is not None:
             parts = (op.weight, op.bias, op.mean, op.variance)
+        elif isinstance(op, Standardize) and op.weight is not None and op.bias is not None:
+            parts = (op.weight, op.bias)
         elif isinstance(op, Slope):
             parts = (op.slope,)
         else:

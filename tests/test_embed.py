@@ -249,3 +249,36 @@ def test_pinned_grouped_and_shared_channels_are_left_alone() -> None:
     assert isinstance(wide, Shared)
     assert wide.free.weight.shape == (4, 4, 1, 1)
     assert difference(wide, model, inputs) <= 1e-12
+
+
+@pytest.mark.parametrize("critical", [True, False])
+def test_under_a_layer_norm_every_channel_is_copied_equally_often(critical: bool) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)
+        )
+        model = model.double()
+        nn.init.normal_(model[1].weight)
+        x = torch.randn(7, 3, dtype=torch.float64)
+    problem = Problem(model, x, 0)
+    wide, report = embed(model, x, widths={"0": 12, "3": 7}, critical=critical, full_output=True)
+    assert isinstance(wide, nn.Sequential) and wide[1].normalized_shape == (12,)
+    assert sorted(report.spaces[0].channel) == sorted([0, 1, 2, 3] * 3)
+    assert difference(wide, model, x) <= 1e-12
+    assert (problem.gradient(wide) < 1e-9) == critical
+    with pytest.raises(InputError, match="only a multiple of 4 channels keeps the function, not 6"):
+        embed(model, x, widths={"0": 6})
+    with pytest.raises(InputError, match="only copies, with equal shares"):
+        embed(model, x, widths={"0": 8}, kind="null")
+    assert widenable(model, x) == {"0": 4, "3": 5}
+    assert {space.name for space in embed(model, x, kind="null", full_output=True)[1].spaces} == {"3"}
+
+
+def test_reduce_keeps_what_a_layer_norm_reads_and_says_so() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    wide = embed(model, x, widths={"0": 12, "2": 9})
+    result = ep.reduce(wide, x)
+    assert [space.after for space in result.report.spaces][:2] == [12, 5]
+    assert "which sees all channels" in str(result.report) and not result.report.barriers

@@ -816,6 +816,15 @@ add("joined", joined, PLANE, POSITIVE, widths={"other": 1, "consumer": 3})
 
 # ---- barriers -------------------------------------------------------------------------------------------------
 
+# no barrier: what comes out is known, though all channels stay that go in
+add("layer norm over channels", chain(lambda x: F.layer_norm(x, x.shape[1:])), VECTOR, ALL)
+add(
+    "layer norm over two axes",
+    chain(lambda x: F.layer_norm(x[..., None], (8, 1))[..., 0]),
+    VECTOR,
+    ALL,
+    barrier="layer_norm",
+)
 add("softmax over channels", chain(lambda x: x.softmax(1)), VECTOR, ALL, barrier="softmax")
 add("cumsum over channels", chain(lambda x: x.cumsum(1)), VECTOR, ALL, barrier="cumsum")
 add("sort over channels", chain(lambda x: x.sort(1)[0]), VECTOR, ALL, barrier="sort")
@@ -925,6 +934,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("unflatten.int", "_unsafe_view", "view_copy", "permute_copy"), "aten.view"),
     "aten._native_batch_norm_legit_no_training": "aten.batch_norm",
+    "aten.native_layer_norm": "aten.layer_norm",
     "aten.where.ScalarSelf": "aten.where.self",
     **dict.fromkeys(("expand_copy", "movedim.intlist", "swapaxes", "numpy_T"), "aten.view"),
     "aten.native_channel_shuffle": "aten.view",

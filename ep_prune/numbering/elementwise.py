@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ep_prune.channels import Channels, Edge, Rows, mix, number
-from ep_prune.find import Freedom, Sparse
+from ep_prune.channels import Channels, Edge, Rows, along, mix, number
+from ep_prune.find import Freedom, Sparse, congruence
 from ep_prune.graph import (
     Barrier,
     Choice,
@@ -34,11 +34,13 @@ from ep_prune.graph import (
     Pointwise,
     Product,
     Slope,
+    Standardize,
     Stencil,
     Sum,
 )
 from ep_prune.numbering.align import align, index_along, on_axis
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
+from ep_prune.slots import Standardized
 
 
 @singledispatch
@@ -88,6 +90,28 @@ def _normalize(op: Normalize, node: Node, n: Numbering) -> Value:
     rows = replace(rows, error=torch.where(factor == 0, 0.0, rows.error))
     spread = gain.abs() * (variance / (variance + op.eps)).sqrt()
     return n.record(replace(x, rows=rows, edges=identity_edge(x), mean=bias, deviation=spread))
+
+
+@transfer.register(Standardize)
+def _standardize(op: Standardize, node: Node, n: Numbering) -> Value:
+    """What comes out depends on all channels; equal channels come out equal, up to their gain and bias."""
+    axis = len(node.args[0].shape) - 1
+    x = on_axis(n, op.x, axis)
+    reason = f"read by a layer norm, which sees all channels, {node.where}"
+    n.sink(x, reason)
+    place = index_along(x, axis)
+    n.slots.constraints.append(Standardized(x.slots[place.argsort()], reason))
+    classes = congruence(Sparse(x.rows, True), Freedom.NONE)
+    for part in (op.weight, op.bias):
+        if part is not None:
+            n.slots.unify(n.slots.of(str(part.tensor), 0, len(place))[place], x.slots)
+    gain = torch.ones(len(place), dtype=torch.float64) if op.weight is None else n.tensor(op.weight)[place]
+    bias = torch.zeros_like(gain) if op.bias is None else n.tensor(op.bias)[place]
+    atoms = mix(n.unknown(node).number, classes.leader)
+    rounding = n.eps(op.weight) * (gain.square() + bias.square()).sqrt()
+    rows = Rows.of_atoms(atoms).scaled(gain).shifted(bias, rounding)
+    labels = along(axis, len(x.shape), place.argsort())
+    return n.record(Channels(x.shape, labels, rows, x.slots, mean=bias, deviation=gain.abs()))
 
 
 @transfer.register(Pointwise)

@@ -6,6 +6,7 @@ even                     sign before, none after
 none                     d = 1, e = 0
 sum                      d equal on both sides, e adds up
 max pool                 sign +
+layer norm               d = 1, e = 0 before, any after
 batch norm, weights      any d after any d before
 """
 
@@ -30,6 +31,7 @@ from ep_prune.graph import (
     Pointwise,
     Product,
     Slope,
+    Standardize,
     Stencil,
     Sum,
     Symmetry,
@@ -97,6 +99,12 @@ def _(op: Slope, node: Node, w: Widening) -> None:
 @link.register
 def _(op: Normalize, node: Node, w: Widening) -> None:
     w.pair(op.x, node)
+
+
+@link.register
+def _(op: Standardize, node: Node, w: Widening) -> None:
+    w.pair(op.x, node)
+    w.fix(op.x)
 
 
 @link.register

@@ -29,6 +29,7 @@ from ep_prune.graph import (
     Pointwise,
     Product,
     Slope,
+    Standardize,
     Stencil,
     Sum,
 )
@@ -138,6 +139,17 @@ def _(op: Normalize, node: Node, w: Widening) -> None:
     ):
         w.new[str(part.tensor)] = value
     rows.e = e
+
+
+@settle.register
+def _(op: Standardize, node: Node, w: Widening) -> None:
+    """Every channel r times: the moments are those of the narrow network. g' = d g, b' = d b + e."""
+    rows = w.wide[node]
+    w.need(op.x, torch.zeros_like(rows.d))
+    assert op.weight is not None and op.bias is not None
+    rows.e = w.produce(node)
+    w.new[str(op.weight.tensor)] = rows.d * w.tensor(op.weight)[rows.source]
+    w.new[str(op.bias.tensor)] = rows.d * w.tensor(op.bias)[rows.source] + rows.e
 
 
 def _pulled(narrow: Tensor, rows: Wide, otherwise: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from ep_prune.graph import (
     Pointwise,
     Product,
     Slope,
+    Standardize,
     Stencil,
     Sum,
     Symmetry,
@@ -338,6 +339,8 @@ class Widening:
         rows = self.wide[node]
         if isinstance(op, Pointwise | Slope):
             return required(op, rows)
+        if isinstance(op, Standardize):
+            return torch.zeros_like(rows.d)
         if isinstance(op, Contract) and user in self.given:
             return self.given[user][1].nan_to_num(0.0)
         if isinstance(op, Contract):
