@@ -1,7 +1,7 @@
-"""The command line: `ep-prune reduce | verify | inspect | demo`.
+"""The command line: `ep-prune reduce | embed | verify | inspect | demo`.
 
 Exit codes: 0 done, 1 could not be verified, 2 wrong use. An error is one sentence on stderr; --debug adds
-the traceback. Files appear whole or not at all, and `reduce` replaces none without --force. A long step shows
+the traceback. Files appear whole or not at all, and none is replaced without --force. A long step shows
 a bar on a terminal and nothing in a pipe.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import ep_prune
-from ep_prune.cli_models import example_inputs, load_probes, load_weights_, make_model
+from ep_prune.cli_embed import add_options, run_embed
+from ep_prune.cli_files import check_targets, publish, write_text
+from ep_prune.cli_models import given
 from ep_prune.demo_model import digits_data, load_digits_net
 from ep_prune.errors import EpPruneError, InputError, VerificationError
 from ep_prune.pipeline import Result, reduce
@@ -35,14 +37,15 @@ from ep_prune.verification import verify
 DONE, NOT_VERIFIED, WRONG_USE = 0, 1, 2
 
 _ABOUT = """\
-Find the narrow network inside a trained wide one, and check that it computes the same.
+Find the narrow network inside a trained wide one, or widen one, and check that it computes the same.
 
 A model is named
   package.module:factory    called without arguments, or with --model-args '{"num_classes": 10}';
                             imported as Python does, the current folder first
   torchvision:resnet18      torchvision's model of that name (weights=None unless --model-args says otherwise)
   timm:NAME                 timm's, where timm is installed
-and its weights are a safetensors file or a checkpoint that torch.load(weights_only=True) takes.
+and its weights are a safetensors file, also one that reduce or embed wrote, or a checkpoint that
+torch.load(weights_only=True) takes.
 """
 
 _EXAMPLES = """\
@@ -52,6 +55,8 @@ examples:
   ep-prune reduce my_net:MyNet --weights trained.pt --input 1,3,32,32 --out narrow.safetensors
   ep-prune reduce torchvision:resnet18 --weights r18.pth --tol 1e-3 --probes images.npz --report r18.json
   ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
+  ep-prune embed my_net:MyNet --weights trained.pt --input 1,3,32,32 --width layer1=96 --out wide.safetensors
+  ep-prune reduce my_net:MyNet --weights wide.safetensors --input 1,3,32,32 --out back.safetensors
 
 exit codes: 0 done, 1 could not be verified, 2 wrong use
 """
@@ -81,17 +86,25 @@ def parser() -> argparse.ArgumentParser:
         "reduce", _reduce, "write the narrowest equivalent that the algebra finds, verified", _EXAMPLES
     )
     inspecting = command("inspect", _inspect, "show what reduce would do, and write nothing", _EXAMPLES)
-    verifying = command("verify", _verify, "compare a wide model with a narrow file written by reduce", _EXAMPLES)
-    verifying.add_argument("model", metavar="WIDE", help="the wide model, as package.module:factory")
-    verifying.add_argument("narrow", metavar="NARROW", type=Path, help="the file that reduce --out wrote")
-    for added in (reducing, inspecting):
+    verifying = command("verify", _verify, "compare a model with a file that reduce or embed wrote", _EXAMPLES)
+    embedding = command("embed", _embed, "write a wider model that computes the same, verified", _EXAMPLES)
+    verifying.add_argument("model", metavar="MODEL", help="the model given to reduce or embed")
+    verifying.add_argument("narrow", metavar="FILE", type=Path, help="the file that --out wrote")
+    for added in (reducing, inspecting, embedding):
         added.add_argument("model", metavar="MODEL", help="package.module:factory, torchvision:NAME or timm:NAME")
+    for added in (reducing, inspecting):
         added.add_argument(
             "--protect", action="append", default=[], metavar="LAYER",
             help="keep all channels of this layer, a name of named_modules(); may be repeated",
         )  # fmt: skip
-    for added in (reducing, inspecting, verifying):
+    for added in (reducing, inspecting, verifying, embedding):
         _model_options(added)
+    for added in (reducing, inspecting, verifying):
+        added.add_argument(
+            "--tol", type=float, default=0.0,
+            help="accepted relative change of any output on the probes, in float64 (default 0: exact)",
+        )  # fmt: skip
+    add_options(embedding)
     reducing.add_argument("--out", type=Path, metavar="FILE", help="the narrow model and its plan (.safetensors)")
     reducing.add_argument("--report", type=Path, metavar="FILE", help="the whole report (.json)")
     reducing.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the widths (.png, .pdf, .svg)")
@@ -112,7 +125,8 @@ def _model_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory, a JSON object")
     added.add_argument(
         "--weights", type=Path, metavar="FILE",
-        help="safetensors, or a checkpoint of tensors; without it, what the factory returns",
+        help="safetensors (reduce's and embed's too), or a checkpoint of tensors; without it, what the factory "
+        "returns",
     )  # fmt: skip
     added.add_argument(
         "--input", action="append", default=[], metavar="SHAPE[:TYPE[:BELOW]]",
@@ -122,10 +136,6 @@ def _model_options(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--probes", type=Path, metavar="FILE",
         help="inputs to measure on: the first floating array of an .npz, .safetensors or .pt file",
-    )  # fmt: skip
-    added.add_argument(
-        "--tol", type=float, default=0.0,
-        help="accepted relative change of any output on the probes, in float64 (default 0: exact)",
     )  # fmt: skip
     added.add_argument("--double", action="store_true", help="widen the weights to float64 first")
 
@@ -163,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reduce(options: argparse.Namespace) -> int:
     targets = [path for path in (options.out, options.report, options.plot) if path is not None]
-    _check_targets(targets, options.force)
+    check_targets(targets, options.force)
     if options.plot is not None:
         _check_plot(options.plot)
     result = _run(options)
@@ -174,7 +184,7 @@ def _reduce(options: argparse.Namespace) -> int:
         writers[options.report] = lambda path: _write_json(result, path)
     if options.plot is not None:
         writers[options.plot] = result.report.plot
-    _publish(writers)
+    publish(writers)
     print(result.report)
     for path in targets:
         print(f"wrote {path}")
@@ -189,7 +199,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, **more: Any) -> Result:
-    model, inputs, probes = _given(options)
+    model, inputs, probes = given(options)
     return reduce(
         model, inputs, tol=options.tol, probes=probes, protect=options.protect, seed=options.seed, **more
     )
@@ -198,7 +208,7 @@ def _run(options: argparse.Namespace, **more: Any) -> Result:
 def _verify(options: argparse.Namespace) -> int:
     if not 0.0 <= options.tol < 1.0:
         raise InputError(f"--tol {options.tol} is not in [0, 1): it is a relative change of the output")
-    wide, inputs, probes = _given(options)
+    wide, inputs, probes = given(options)
     narrow, plan = _narrow(wide, options.narrow)
     if plan.fingerprint != fingerprint(prepare(wide)[0].state_dict()):
         print(f"note: {options.narrow} was made from other weights, or another type, than these")
@@ -221,10 +231,15 @@ def _verify(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _embed(options: argparse.Namespace) -> int:
+    run_embed(options)
+    return DONE
+
+
 def _narrow(wide: nn.Module, path: Path) -> tuple[nn.Module, Plan]:
-    """The model in a narrow file. No such file is wrong use; an altered one is not verified."""
+    """The model in a file of reduce or embed. No such file is wrong use; an altered one is not verified."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give the file that ep-prune reduce --out wrote")
+        raise InputError(f"{path} does not exist: give the file that reduce --out or embed --out wrote")
     try:
         return load(lambda: wide, path), Plan.load(path)
     except EpPruneError:
@@ -234,21 +249,6 @@ def _narrow(wide: nn.Module, path: Path) -> tuple[nn.Module, Plan]:
             f"the plan in {path} cannot be applied ({type(error).__name__}: {error}): the file is damaged or "
             "of another model, reduce the model again"
         ) from error
-
-
-def _given(
-    options: argparse.Namespace,
-) -> tuple[nn.Module, tuple[Tensor, ...], list[tuple[Tensor, ...]] | None]:
-    """Model, example inputs and probes, as the options say."""
-    model = make_model(options.model, options.model_args, options.seed).eval()
-    if options.double:
-        model = model.double()
-    if options.weights is not None:
-        load_weights_(model, options.weights)
-    inputs = example_inputs(options.input, options.model, model, options.seed)
-    if options.double:
-        inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
-    return model, inputs, None if options.probes is None else load_probes(options.probes, inputs)
 
 
 # ---- demo ---------------------------------------------------------------------------------------------
@@ -270,16 +270,16 @@ def _demo(options: argparse.Namespace) -> int:
     result = reduce(wide, images[:2], seed=options.seed)
     names = ("report.txt", "report.json", "narrow.safetensors", "widths.png")
     text, numbers, weights, picture = (folder / name for name in names)
-    _publish({weights: lambda path: save(result, path), picture: result.report.plot})
+    publish({weights: lambda path: save(result, path), picture: result.report.plot})
     narrow = load(load_digits_net, weights)  # what is compared is what stands in the file
     story, same = _story(result, wide, narrow, images, classes)
     story += [f"files         {', '.join(str(folder / name) for name in names)}"]
     table = "\n".join(
         [str(result.report), "", "What happened, measured just now", *(f"  {line}" for line in story)]
     )
-    _publish(
+    publish(
         {
-            text: lambda path: _write(path, table + "\n"),
+            text: lambda path: write_text(path, table + "\n"),
             numbers: lambda path: _write_json(result, path),
         }
     )
@@ -331,19 +331,6 @@ def _story(
 # ---- files --------------------------------------------------------------------------------------------
 
 
-def _check_targets(paths: Sequence[Path], force: bool) -> None:
-    """Refuse, before any work, what could not be written after it."""
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise InputError("two of --out, --report and --plot name one file: give each its own")
-    for path in paths:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: name a file in it")
-        if not path.parent.is_dir():
-            raise InputError(f"the folder {path.parent} does not exist: make it first")
-        if path.exists() and not force:
-            raise InputError(f"{path} exists: name another file, or replace it with --force")
-
-
 def _check_plot(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is missing: pip install 'ep-prune[plot]'")
@@ -351,25 +338,8 @@ def _check_plot(path: Path) -> None:
         raise InputError(f"--plot {path} is no picture's name: end it in .png, .pdf or .svg")
 
 
-def _publish(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write every file beside its place, then move all into place: whole or not at all."""
-    partial = {path: path.with_name(f".{path.stem}.partial{path.suffix}") for path in writers}
-    try:
-        for path, write in writers.items():
-            write(partial[path])
-        for path in writers:
-            os.replace(partial[path], path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _write_json(result: Result, path: Path) -> None:
-    _write(path, json.dumps(result.report.to_dict(), indent=2) + "\n")
+    write_text(path, json.dumps(result.report.to_dict(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

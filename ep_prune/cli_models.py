@@ -4,12 +4,14 @@
     torchvision:resnet18     torchvision's model of that name; weights=None unless --model-args says otherwise
     timm:resnet18            timm's, where timm is installed
 
-Weights are a safetensors file or a checkpoint that `torch.load(weights_only=True)` takes, so that nothing in
-a file is executed. What fails here does so with an `InputError`: one sentence that says what to do.
+Weights are a safetensors file, one that `reduce` or `embed` wrote among them, or a checkpoint that
+`torch.load(weights_only=True)` takes, so that nothing in a file is executed. What fails here does so
+with an `InputError`: one sentence that says what to do.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import json
@@ -29,13 +31,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ep_prune.errors import InputError
+from ep_prune.errors import EpPruneError, InputError
+from ep_prune.storage import holds_plan, load
 
 DEFAULT_SHAPE = "1,3,224,224"
 """Of torchvision's and timm's models, where --input is not given."""
 PROBE_BATCH = 64
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+
+
+def given(
+    options: argparse.Namespace,
+) -> tuple[nn.Module, tuple[Tensor, ...], list[tuple[Tensor, ...]] | None]:
+    """Model, example inputs and probes, as the options say."""
+    made = make_model(options.model, options.model_args, options.seed).eval()
+    resized = options.weights is not None and holds_plan(options.weights)  # what reduce or embed wrote
+    model = _resized(made, options.weights) if resized else made
+    if options.double:
+        model = model.double()
+    if options.weights is not None and not resized:
+        load_weights_(model, options.weights)
+    inputs = example_inputs(options.input, options.model, model, options.seed)
+    if options.double:
+        inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
+    return model, inputs, None if options.probes is None else load_probes(options.probes, inputs)
+
+
+def _resized(made: nn.Module, path: Path) -> nn.Module:
+    try:
+        return load(lambda: made, path)
+    except EpPruneError:
+        raise
+    except Exception as error:  # a plan for other shapes fails in as many ways as there are edits
+        raise InputError(
+            f"{path} does not fit this model ({type(error).__name__}: {_line(error)}): name the model that it was "
+            "made of, with its --model-args"
+        ) from error
 
 
 def make_model(name: str, arguments: str | None, seed: int) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Saving and loading narrow models as safetensors, the plan inside; never a pickle.
+"""Saving and loading models of other widths than their factory's, as safetensors; never a pickle.
 
 A narrow model's shapes are told by its plan alone, so `load` makes the wide model by the user's factory,
-resizes it by the plan's shapes and fills in the saved weights.
+resizes it by the plan's shapes and fills in the saved weights. A wide model that `embed` made is stored beside
+a plan without rounds, with the shapes that the widened tensors had in the factory's model.
 """
 
 from __future__ import annotations
@@ -18,17 +19,44 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ep_prune.errors import InputError, PlanError
-from ep_prune.plan import Plan
-from ep_prune.rewrite import apply_round_
+from ep_prune.plan import Plan, fingerprint
+from ep_prune.rewrite import apply_round_, resize_
 from ep_prune.trace import prepare
 
 
 def save(result: Any, path: str | Path) -> None:
     """Write `result.model` and `result.plan` to one safetensors file, whole or not at all."""
-    tensors, header = result.plan.to_tensors()
+    _store(result.model, result.plan, {}, path)
+
+
+def save_wide(wide: nn.Module, narrow: nn.Module, path: str | Path) -> None:
+    """Write `wide`, which `embed` made of `narrow`, such that `load(factory of narrow, path)` gives it again."""
+    before = prepare(narrow)[0].state_dict()
+    now = wide.state_dict()
+    grown = {name: list(old.shape) for name, old in before.items() if now[name].shape != old.shape}
+    groups = {
+        f"{name}.weight": module.groups
+        for name, module in wide.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and f"{name}.weight" in grown
+    }
+    told = {"ep_prune.wide": json.dumps({"grown": grown, "groups": groups})}
+    _store(wide, Plan((), fingerprint(before)), told, path)
+
+
+def holds_plan(path: Path) -> bool:
+    """Whether a file is one that `load` reads. Anything else, a missing one too, is not."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return "ep_prune.plan" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _store(model: nn.Module, plan: Plan, told: dict[str, str], path: str | Path) -> None:
+    tensors, header = plan.to_tensors()
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, tensor in result.model.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name!r} in the state dict is no tensor: it cannot be saved without pickle")
         if id(tensor) in first:
@@ -36,7 +64,7 @@ def save(result: Any, path: str | Path) -> None:
             continue
         first[id(tensor)] = name
         tensors[f"model.{name}"] = tensor.detach().cpu().contiguous().clone()
-    metadata = {"ep_prune.plan": header, "ep_prune.ties": json.dumps(ties)}
+    metadata = {"ep_prune.plan": header, "ep_prune.ties": json.dumps(ties), **told}
     partial = Path(f"{path}.partial")
     try:
         save_file(tensors, str(partial), metadata)
@@ -49,7 +77,9 @@ def save(result: Any, path: str | Path) -> None:
 
 
 def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
-    """The narrow model from a file of `save`. `factory()` makes the wide model; its weights do not matter.
+    """The model in a file of `save`, or of `ep-prune embed`.
+
+    `factory()` makes the model that was reduced, or widened; its weights do not matter.
 
     Raises `PlanError` where the file holds no plan or belongs to another model.
     """
@@ -68,6 +98,8 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
         apply_round_(narrow, step)
     state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     state |= {name: state[kept] for name, kept in json.loads(metadata.get("ep_prune.ties", "{}")).items()}
+    if "ep_prune.wide" in metadata:
+        _grow_(narrow, state, json.loads(metadata["ep_prune.wide"]))
     for parameter in narrow.parameters():
         kept = next(iter(state.values()), torch.empty(0)).dtype
         if parameter.is_floating_point() and kept.is_floating_point:
@@ -79,3 +111,16 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
         text = " ".join(str(error).split())
         raise PlanError(f"{path} does not fit this factory's model: {text[:200]}") from error
     return narrow
+
+
+def _grow_(model: nn.Module, state: dict[str, Tensor], told: dict[str, Any]) -> None:
+    """Give the widened tensors of the factory's model the shapes that they have in the file."""
+    own = model.state_dict()
+    for name, shape in told["grown"].items():
+        found = tuple(own[name].shape) if name in own else "missing"
+        if found != tuple(shape) or name not in state:
+            raise PlanError(
+                f"the file's {name!r} was widened from {tuple(shape)}, and is {found} in this factory's model: "
+                "name the model that was widened"
+            )
+    resize_(model, {name: state[name].to(own[name].device) for name in told["grown"]}, told["groups"])

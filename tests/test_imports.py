@@ -50,6 +50,8 @@ LAYERS = (
     "storage",
     "demo_model",
     "cli_models",
+    "cli_files",
+    "cli_embed",
     "cli",
     "__init__",
     "__main__",
