@@ -45,7 +45,11 @@ def test_what_is_out_of_date_is_replaced():
     assert readme_table.refreshed(stale) == TEXT
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name",
+    "name",
+    ["README.md", "docs/architecture.md", "docs/embedding_principle.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+)
 def test_links_and_paths_exist(name):
     path = ROOT / name
     text = path.read_text(encoding="utf-8")
@@ -56,7 +60,7 @@ def test_links_and_paths_exist(name):
 
 
 def test_names_of_the_package_in_the_documents_exist():
-    for name in ("README.md", "docs/architecture.md", "CHANGELOG.md"):
+    for name in ("README.md", "docs/architecture.md", "docs/embedding_principle.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for found in re.findall(r"\b(?:ep|ep_prune)\.([a-z_]+)\(", text):
             assert hasattr(ep_prune, found), f"{name}: ep_prune.{found}"
