@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ep_prune.widen import embed
 from recipes.embedding_principle.common import progress
 
 Value = Callable[[Tensor], Tensor]
@@ -125,15 +126,10 @@ def polish(value: Value, points: Tensor, steps: int, target: float, text: str) -
     return points, norms
 
 
-def split(narrow: nn.Sequential, neuron: int, share: float = 0.5) -> nn.Sequential:
-    """The splitting embedding of one neuron: its input row copied, its outgoing weight shared."""
-    first, activation, last = narrow
-    outputs, width = last.weight.shape
-    wide = two_layer(first.in_features, width + 1, outputs, activation, first.bias is not None)
-    with torch.no_grad():
-        wide[0].weight.copy_(torch.cat([first.weight, first.weight[neuron : neuron + 1]]))
-        if first.bias is not None:
-            wide[0].bias.copy_(torch.cat([first.bias, first.bias[neuron : neuron + 1]]))
-        wide[2].weight.copy_(torch.cat([last.weight, (1 - share) * last.weight[:, neuron : neuron + 1]], dim=1))
-        wide[2].weight[:, neuron] *= share
-    return wide
+def split(narrow: nn.Sequential, neuron: int, share: float = 0.5) -> nn.Module:
+    """The splitting embedding of one neuron: its copy comes last and takes 1 - share of its outgoing weight."""
+    shares = torch.eye(narrow[0].out_features, dtype=torch.float64)
+    shares = torch.cat([shares, (1 - share) * shares[neuron : neuron + 1]])
+    shares[neuron] *= share
+    inputs = torch.zeros(2, narrow[0].in_features, dtype=torch.float64)
+    return embed(narrow, inputs, kind="splitting", coefficients={"0": shares})
