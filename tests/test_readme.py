@@ -46,9 +46,7 @@ def test_what_is_out_of_date_is_replaced():
 
 
 @pytest.mark.parametrize(
-    "name",
-    "name",
-    ["README.md", "docs/architecture.md", "docs/embedding_principle.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+    "name", ["README.md", "docs/architecture.md", "docs/embedding_principle.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 )
 def test_links_and_paths_exist(name):
     path = ROOT / name
