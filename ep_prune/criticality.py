@@ -257,8 +257,12 @@ def _scene(model: nn.Module, loss: Loss, batch: Any, twice: bool = False) -> Ite
         if not trained:
             raise InputError("the model has no trainable parameter: set requires_grad on what is to be judged")
         value = _value(own, loss, batch)
-        slopes = torch.autograd.grad(
-            value, list(trained.values()), create_graph=twice, allow_unused=True, materialize_grads=True
+        slopes = torch.autograd.grad(value, list(trained.values()), create_graph=twice, allow_unused=True)
+        if all(slope is None for slope in slopes):
+            raise InputError("the loss does not depend on the model that it is given: compute it with that model")
+        slopes = tuple(
+            torch.zeros_like(p) if slope is None else slope
+            for slope, p in zip(slopes, trained.values(), strict=True)
         )
         frozen = sum(p.numel() for p in own.parameters() if not p.requires_grad)
         yield _Scene(list(trained), list(trained.values()), frozen, value.detach(), slopes)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ep_prune.errors import EpPruneError, InputError
 from ep_prune.gauge import Measurement, WidthGauge
 from ep_prune.refine import refined_widths
+from ep_prune.trace import random_state_kept
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,12 @@ def measure(
 ) -> EffectiveWidths:
     """`effective_width` with a gauge that is set up already: of the weights that it follows."""
     curves = []
-    for measurement in gauge.measurements(spaces):
-        if bar is not None:
-            bar.set_postfix_str(measurement.space.name)
-            bar.update()
-        curves.append(_curve(measurement, tols, refine))
+    with random_state_kept():
+        for measurement in gauge.measurements(spaces):
+            if bar is not None:
+                bar.set_postfix_str(measurement.space.name)
+                bar.update()
+            curves.append(_curve(measurement, tols, refine))
     return EffectiveWidths(tuple(curves), tuple(tols), gauge.samples, gauge.synthetic)
 
 

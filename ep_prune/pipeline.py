@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ep_prune.cost import cost
 from ep_prune.embedding import Round
-from ep_prune.errors import EpPruneError, InputError
+from ep_prune.errors import InputError
 from ep_prune.graph import Graph
 from ep_prune.numbering import number_channels
 from ep_prune.plan import Plan, fingerprint, with_modes_of
@@ -27,8 +26,18 @@ from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
 from ep_prune.spaces import spaces
-from ep_prune.trace import as_arguments, prepare, run, trace
-from ep_prune.trial import Axis, State, as_double, attempt_round, difference, frozen_slots, outputs_of, roll_back
+from ep_prune.trace import as_arguments, prepare, random_state_kept, run, trace
+from ep_prune.trial import (
+    Axis,
+    State,
+    as_double,
+    attempt_round,
+    difference,
+    frozen_slots,
+    outputs_of,
+    read_in_training,
+    roll_back,
+)
 from ep_prune.verification import Verification, verify
 
 
@@ -40,12 +49,6 @@ class Result:
     plan: Plan
     report: Report
     verification: Verification
-
-
-@contextmanager
-def _random_state_kept() -> Any:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        yield
 
 
 def reduce(
@@ -81,7 +84,7 @@ def reduce(
     """
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
-    with _random_state_kept():
+    with random_state_kept():
         wide, notes = prepare(model)
         run(wide, example_inputs)
         given = _listed(probes, example_inputs)
@@ -176,21 +179,7 @@ def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
 
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
-    unseen = set(state.graph.untraced)
-    if not unseen:
-        return
-    training = copy.deepcopy(state.model).train()
-    try:
-        numbering = number_channels(trace(training, example_inputs))
-    except EpPruneError:
-        return
-    for port in numbering.ports:
-        if port.name in unseen:
-            roots = numbering.slots.roots()
-            read = set(roots[port.x.slots].tolist())
-            for axis, slots in numbering.slots.bound.items():
-                if axis[0] not in unseen and read & set(roots[slots].tolist()):
-                    state.frozen[axis] = f"read in training mode by {port.node.layer}"
+    state.frozen |= read_in_training(state.model, state.graph, example_inputs)
 
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:

@@ -33,6 +33,13 @@ _COMPOSED = get_decompositions([torch.ops.aten.glu, torch.ops.aten.addcmul, torc
 """Operators that are taken apart into others, which have rules."""
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The global random state, of every device, is afterwards as it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield
+
+
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A tensor, a tuple of positional or a dict of keyword arguments, as (args, kwargs)."""
     if isinstance(inputs, Mapping):
@@ -207,10 +214,11 @@ def _is_functional(program: torch.export.ExportedProgram) -> bool:
     """Whether every operator has a rule and none works in place: making it functional, most of the time that a
     trace takes, would change nothing."""
     for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
-            if str(node.target).removesuffix(".default") not in REGISTRY:
-                return False
+        if node.op == "call_function":
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                return False  # also where it returns nothing
+            known = str(node.target).removesuffix(".default") in REGISTRY
+            if isinstance(node.meta.get("val"), Tensor | tuple | list) and not known:
                 return False
         elif node.op not in ("call_function", "placeholder", "output"):
             return False

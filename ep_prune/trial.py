@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ep_prune.embedding import Round
 from ep_prune.errors import EpPruneError, InputError, VerificationError
 from ep_prune.graph import Graph
-from ep_prune.numbering import Numbering
+from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
 from ep_prune.spaces import Space, spaces
@@ -87,6 +87,26 @@ def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) 
             )
             worst[place] = max(change, new), max(size, float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
     return max((change / size if size else change for change, size in worst.values()), default=0.0)
+
+
+def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any) -> dict[Axis, str]:
+    """The axes that layers outside the inference trace read (auxiliary heads), with the reason to keep them."""
+    unseen = set(graph.untraced)
+    if not unseen:
+        return {}
+    try:
+        numbering = number_channels(trace(copy.deepcopy(model).train(), example_inputs))
+    except EpPruneError:
+        return {}
+    found: dict[Axis, str] = {}
+    roots = numbering.slots.roots()
+    for port in numbering.ports:
+        if port.name in unseen:
+            read = roots[port.x.slots]
+            for axis, slots in numbering.slots.bound.items():
+                if axis[0] not in unseen and bool(torch.isin(roots[slots], read).any()):
+                    found[axis] = f"read in training mode by {port.node.layer}"
+    return found
 
 
 def frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:

@@ -28,6 +28,7 @@ A point is critical for the loss as a function of the trainable parameters, in e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -38,9 +39,10 @@ from torch import Tensor, nn
 from ep_prune.errors import InputError
 from ep_prune.graph import Node, Operation
 from ep_prune.numbering import Numbering
-from ep_prune.plan import Plan
+from ep_prune.plan import Plan, with_modes_of
 from ep_prune.rewrite import resize_
-from ep_prune.trace import prepare, run, trace
+from ep_prune.trace import prepare, random_state_kept, trace
+from ep_prune.trial import as_double, difference, outputs_of, read_in_training
 from ep_prune.widen_plan import undo_round
 from ep_prune.widen_report import EmbedReport, report_on
 from ep_prune.widen_rules import Draws, Mode, Pull, Stuck, Widening, walk
@@ -130,37 +132,104 @@ def embed(
             coefficients that violate the forward condition. Nothing is built then.
         TraceError: the model cannot be exported.
     """
-    wide, _ = prepare(model)
-    if plan is not None:
-        if widths is not None or coefficients:
-            raise InputError("a plan says how wide each space was: pass no widths or coefficients beside it")
-        refused: dict[str, str] = {}
-        work, kind = _undo(wide, example_inputs, plan), "splitting"
-    else:
-        n, kinds = numbered(trace(wide, example_inputs))
-        spaces = open_spaces(n, kinds)
-        order = _order(spaces, widths, kind, critical, coefficients, factor)
-        work, refused = _attempts(n, kinds, spaces, order, seed)
-        if widths is not None or coefficients:
-            for name, reason in refused.items():
-                raise InputError(
-                    f"the space {name!r} cannot be widened so: {reason}; leave it out, or try another kind"
-                )
-        _write(wide, work)
-    try:
-        run(wide, example_inputs)
-    except InputError as error:
-        raise InputError(f"the model's code holds on to a width: {error}") from error
-    for narrow_module, wide_module in zip(model.modules(), wide.modules(), strict=False):
-        wide_module.training = narrow_module.training
+    with random_state_kept():
+        narrow, _ = prepare(model)
+        if plan is not None:
+            if widths is not None or coefficients:
+                raise InputError("a plan says how wide each space was: pass no widths or coefficients beside it")
+            wide = copy.deepcopy(narrow)
+            refused: dict[str, str] = {}
+            work, kind = _undo(wide, example_inputs, plan), "splitting"
+            reason = _wrong(narrow, wide, example_inputs)
+            if reason:
+                raise InputError(f"the plan cannot be undone: {reason}")
+        else:
+            graph = trace(narrow, example_inputs)
+            n, kinds = numbered(graph)
+            spaces = open_spaces(n, kinds, read_in_training(narrow, graph, example_inputs))
+            order = _order(spaces, widths, kind, critical, coefficients, factor)
+            wide, work, refused = _tried(narrow, example_inputs, _Job(n, kinds, spaces, order, seed))
+            if widths is not None or coefficients:
+                for name, reason in refused.items():
+                    raise InputError(
+                        f"the space {name!r} cannot be widened so: {reason}; leave it out, or try another kind"
+                    )
+    with_modes_of(model, wide)
     if not full_output:
         return wide
     trainable = {name for name, parameter in wide.named_parameters() if parameter.requires_grad}
     return wide, report_on(work, refused, kind, trainable)
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What all attempts share."""
+
+    n: Numbering
+    kinds: Mapping[Node, Operation]
+    spaces: list[WideSpace]
+    order: _Order
+    seed: int
+
+
+def _tried(narrow: nn.Module, example_inputs: Any, job: _Job) -> tuple[nn.Module, Widening, dict[str, str]]:
+    """The wide model, compared with the narrow one: code may use a width in a way that no operation shows.
+
+    Where they differ, spaces are tried one by one, and those that spoil the output are left alone.
+    """
+    work, refused = _attempts(narrow, job, frozenset(job.order.widths))
+    wide = _written(narrow, work)
+    reason = _wrong(narrow, wide, example_inputs)
+    if not reason:
+        return wide, work, refused
+    guilty: dict[str, str] = {}
+    for pull in work.pulls:
+        alone, _ = _attempts(narrow, job, frozenset({pull.name}))
+        why = _wrong(narrow, _written(narrow, alone), example_inputs)
+        if why:
+            guilty[pull.name] = why
+    if not guilty:
+        raise InputError(f"the wide model differs, though with each space widened alone it does not: {reason}")
+    work, refused = _attempts(narrow, job, frozenset(job.order.widths) - guilty.keys())
+    wide = _written(narrow, work)
+    reason = _wrong(narrow, wide, example_inputs)
+    if reason:
+        raise InputError(f"the wide model differs: {reason}; name fewer spaces in widths")
+    return wide, work, {**refused, **guilty}
+
+
+def _wrong(narrow: nn.Module, wide: nn.Module, example_inputs: Any) -> str:
+    """Why the wide model is not the narrow one's equal on the example, in float64; empty where it is."""
+    dtype = next((p.dtype for p in narrow.parameters() if p.is_floating_point()), torch.float64)
+    limit = 1e-9 if dtype == torch.float64 else min(0.1, 1e3 * torch.finfo(dtype).eps)
+    inputs = as_double(example_inputs)
+    try:
+        torch.manual_seed(0)
+        wanted = outputs_of(copy.deepcopy(narrow).double(), inputs)
+        torch.manual_seed(0)
+        change = difference(wide, [(inputs, wanted)])
+    except InputError as error:
+        cause = error.__cause__ or error
+        return f"the model's code holds on to a width ({' '.join(str(cause).split())[:120]})"
+    return (
+        f"the model's code uses a width, and the output would change by {change:.1e}"
+        if not change <= limit
+        else ""
+    )
+
+
+def _written(narrow: nn.Module, work: Widening) -> nn.Module:
+    wide = copy.deepcopy(narrow)
+    _write(wide, work)
+    return wide
+
+
 def _write(model: nn.Module, work: Widening) -> None:
-    resize_(model, {name: value.to(work.n.graph.tensors[name]) for name, value in work.new.items()}, work.groups)
+    new = {name: value.to(work.n.graph.tensors[name]) for name, value in work.new.items()}
+    for name, value in new.items():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{name!r} would leave the range of {value.dtype}: widen a float32 or float64 model")
+    resize_(model, new, work.groups)
 
 
 def _undo(model: nn.Module, example_inputs: Any, plan: Plan) -> Widening:
@@ -168,30 +237,34 @@ def _undo(model: nn.Module, example_inputs: Any, plan: Plan) -> Widening:
     if not plan.rounds:
         raise InputError("the plan has no rounds: the reduction changed nothing")
     for step in reversed(plan.rounds):
-        n, kinds = numbered(trace(model, example_inputs))
-        work = undo_round(n, kinds, open_spaces(n, kinds), step)
+        graph = trace(model, example_inputs)
+        n, kinds = numbered(graph)
+        work = undo_round(n, kinds, open_spaces(n, kinds, read_in_training(model, graph, example_inputs)), step)
         _write(model, work)
     return work
 
 
 def widenable(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """The spaces that `embed` can widen, with their widths."""
-    narrow, _ = prepare(model)
-    n, kinds = numbered(trace(narrow, example_inputs))
-    return {space.name: len(space.members) for space in open_spaces(n, kinds)}
+    with random_state_kept():
+        narrow, _ = prepare(model)
+        graph = trace(narrow, example_inputs)
+        n, kinds = numbered(graph)
+        kept = read_in_training(narrow, graph, example_inputs)
+        return {space.name: len(space.members) for space in open_spaces(n, kinds, kept)}
 
 
-def _attempts(
-    n: Numbering, kinds: Mapping[Node, Operation], spaces: list[WideSpace], order: _Order, seed: int
-) -> tuple[Widening, dict[str, str]]:
+def _attempts(narrow: nn.Module, job: _Job, names: frozenset[str]) -> tuple[Widening, dict[str, str]]:
     """Walk until nothing is stuck: a space that is goes without signs and offsets, then not at all."""
+    order = job.order
+    untrained = frozenset(name for name, parameter in narrow.named_parameters() if not parameter.requires_grad)
     refused: dict[str, str] = {}
     calm: set[str] = set()
     while True:
-        chosen = [space for space in spaces if space.name in order.widths and space.name not in refused]
-        draws = Draws(torch.Generator().manual_seed(seed))
+        chosen = [space for space in job.spaces if space.name in names and space.name not in refused]
+        draws = Draws(torch.Generator().manual_seed(job.seed))
         pulls = [_pull(space, order, space.name in calm, draws.generator) for space in chosen]
-        work = Widening(n, kinds, pulls, frozenset(calm), order.mode, draws)
+        work = Widening(job.n, job.kinds, pulls, frozenset(calm), order.mode, draws, None, untrained)
         try:
             walk(work)
             return work, refused
@@ -213,7 +286,7 @@ def _order(
     """What was asked for, checked."""
     if kind not in KINDS:
         raise InputError(f"no embedding of kind {kind!r}: choose one of {', '.join(KINDS)}")
-    if not factor >= 1:
+    if not 1 <= factor < 1e6:
         raise InputError(f"a factor of {factor} does not widen: pass one of at least 1")
     narrow = {space.name: len(space.members) for space in spaces}
     whole = {space.name for space in spaces if space.whole}
@@ -237,8 +310,12 @@ def _order(
                 if factor > 1
             }
         return _Order(kind, critical, given, chosen)
+    for name in given.keys() - widths.keys():
+        raise InputError(f"coefficients are given for the space {name!r}, which widths does not name")
     for name, width in widths.items():
         _known(name, narrow)
+        if not isinstance(width, int) or width > 2**31:
+            raise InputError(f"the width of the space {name!r} is {width!r}: pass an integer")
         if width < narrow[name]:
             raise InputError(
                 f"the space {name!r} has {narrow[name]} channels: pass a width of at least that, not {width}"
@@ -267,16 +344,21 @@ def _known(name: str, narrow: Mapping[str, int]) -> None:
 def _shares(name: str, value: Tensor, narrow: Mapping[str, int]) -> Tensor:
     """Coefficients (n, k) of one space, checked."""
     _known(name, narrow)
-    shares = torch.as_tensor(value, dtype=torch.float64).detach()
+    try:
+        value = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the coefficients of {name!r} are no matrix: pass a tensor (width, k)") from error
+    eps = torch.finfo(value.dtype if value.is_floating_point() else torch.float64).eps
+    shares = value.to("cpu", torch.float64)
     k = narrow[name]
     if shares.ndim != 2 or shares.shape[1] != k or len(shares) < k:
         raise InputError(f"the coefficients of {name!r} have shape {tuple(shares.shape)}: pass (width, {k})")
     if bool(((shares != 0).sum(1) > 1).any()):
         raise InputError(f"a row of the coefficients of {name!r} has two entries: a copy is of one channel")
     off = float((shares.sum(0) - 1).abs().max())
-    if not off <= 1e-12:
+    if not off <= 16 * eps * max(1.0, float(shares.abs().max())):
         raise InputError(f"the coefficients of {name!r} violate the forward condition: columns must sum to 1")
-    return shares
+    return shares / shares.sum(0)
 
 
 def _pull(space: WideSpace, order: _Order, calm: bool, generator: torch.Generator) -> Pull:

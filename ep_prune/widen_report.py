@@ -151,9 +151,9 @@ def _tangent(work: Widening, draws: Draws, trainable: frozenset[str], generator:
     }
     sides = []
     for size in (STEP, -STEP):
-        moved = Widening(
-            work.n, work.kinds, _all_varied(work), work.calm_names, Mode(True, True, True), draws.moved(step, size)
-        )
+        numbers = draws.moved(step, size)
+        mode, pulls = Mode(True, True, True), _all_varied(work)
+        moved = Widening(work.n, work.kinds, pulls, work.calm_names, mode, numbers, untrained=work.untrained)
         walk(moved)
         sides.append(torch.cat([moved.new[name].reshape(-1) for name in sorted(moved.new) if name in trainable]))
     return (sides[0] - sides[1]) / (2 * STEP)

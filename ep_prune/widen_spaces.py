@@ -7,7 +7,7 @@ of grouped convolutions other than depthwise ones, and weights that are used twi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +41,18 @@ def numbered(graph: Graph) -> tuple[Numbering, dict[Node, Operation]]:
     return n, {node: kind_of(node, graph) for node in called}
 
 
-def open_spaces(n: Numbering, kinds: Mapping[Node, Operation]) -> list[WideSpace]:
-    """Sets of channels that run along the same parameter axes, and may all be widened."""
+def open_spaces(
+    n: Numbering, kinds: Mapping[Node, Operation], kept: Collection[tuple[str, int]] = ()
+) -> list[WideSpace]:
+    """Sets of channels that run along the same parameter axes, and may all be widened; axes in `kept` may not."""
     roots = n.slots.roots()
     standardized = [c for c in n.slots.constraints if isinstance(c, Standardized)]
     fixed = n.slots.pinned(roots, apart_from={constraint.reason for constraint in standardized})
     whole = torch.zeros_like(fixed)
     plain = _plainly_used(n, kinds)
+    for place in kept:
+        if place in n.slots.bound:
+            fixed[roots[n.slots.bound[place]]] = True
     code = torch.zeros(n.slots.count, dtype=torch.int64)
     draw = torch.Generator().manual_seed(0)
     for (name, _), slots in n.slots.bound.items():

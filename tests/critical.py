@@ -16,7 +16,7 @@ class Problem:
 
     def __init__(self, model: nn.Module, example: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
+        parameters = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
         count = sum(tensor.numel() for tensor in parameters.values())
         with torch.no_grad():
             outputs = model(example[:1]).numel()
@@ -33,7 +33,9 @@ class Problem:
         self.weights = r / r.norm()
 
     def gradient(self, model: nn.Module) -> float:
-        """The norm of the loss's gradient with respect to all parameters of `model`."""
+        """The norm of the loss's gradient with respect to all trained parameters of `model`."""
         loss = (model(self.inputs).reshape(-1) * self.weights).sum()
-        found = torch.autograd.grad(loss, list(model.parameters()))
+        found = torch.autograd.grad(
+            loss, [parameter for parameter in model.parameters() if parameter.requires_grad]
+        )
         return float(torch.cat([part.reshape(-1) for part in found]).norm())

@@ -282,3 +282,106 @@ def test_reduce_keeps_what_a_layer_norm_reads_and_says_so() -> None:
     result = ep.reduce(wide, x)
     assert [space.after for space in result.report.spaces][:2] == [12, 5]
     assert "which sees all channels" in str(result.report) and not result.report.barriers
+
+
+class Functional(nn.Module):
+    """Layers, and what the code does with them."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self.code = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer.double())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.code(self, x)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: m.b(m.a(x).relu() / m.a.out_features),
+        lambda m, x: m.b((lambda h: h / h.shape[1] ** 0.5)(m.a(x).relu())),
+        lambda m, x: m.b(m.a(x).relu().view(-1, 4)),
+    ],
+    ids=["attribute", "shape", "view"],
+)
+def test_a_width_that_the_code_uses_is_found_and_its_space_left_alone(code) -> None:
+    x = torch.randn(6, 5, dtype=torch.float64)
+    model = Functional(
+        lambda m, x: m.d(code(m, x).tanh()), a=nn.Linear(5, 4), b=nn.Linear(4, 3), d=nn.Linear(3, 2)
+    )
+    wide, report = embed(model, x, full_output=True)
+    assert [space.name for space in report.spaces] == ["b"] and "width" in report.left_alone["a"]
+    assert difference(wide, model, x) <= 1e-12
+    with pytest.raises(InputError, match=r"'a' cannot be widened so: the model's code (uses|holds on to) a width"):
+        embed(model, x, widths={"a": 7})
+
+
+def test_a_mean_over_a_single_channel_is_no_mean_over_space() -> None:
+    layers = {"a": nn.Conv2d(3, 1, 1), "b": nn.Conv2d(3, 1, 1), "c": nn.Conv2d(1, 2, 1)}
+    model = Functional(lambda m, x: m.c(m.a(x).mean(1, keepdim=True) + m.b(x)), **layers)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert difference(embed(model, x, factor=3.0), model, x) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["splitting", "null", "compatible"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
+def test_critical_is_about_the_parameters_that_are_trained(kind: str, activation: type[nn.Module]) -> None:
+    model, x = two_layers(width=3)
+    model[1] = activation()
+    model[2].bias.requires_grad_(False)
+    problem = Problem(model, x, 0)
+    assert problem.gradient(model) < 1e-10
+    for seed in range(3):
+        wide, report = embed(model, x, kind=kind, seed=seed, full_output=True)
+        assert report.spaces or (kind == "null" and activation is nn.Sigmoid)
+        assert problem.gradient(wide) < 1e-9
+
+
+def test_what_a_head_reads_in_training_alone_is_left_alone() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.aux = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x).relu()
+            y: torch.Tensor = self.c(self.b(h).relu())
+            return y + self.aux(h) if self.training else y
+
+    model, x = Auxiliary().double().train(), torch.randn(6, 5, dtype=torch.float64)
+    assert widenable(model, x) == {"b": 4}
+    wide = embed(model, x)
+    assert wide.training and wide(x).shape == (6, 2)
+
+
+def test_half_precision_stays_finite_and_modes_go_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).half()
+    model[1].running_var.fill_(40000.0)
+    x = torch.randn(5, 3).half()
+    wide = embed(model.eval(), x)
+    assert all(bool(tensor.isfinite().all()) for tensor in wide.state_dict().values())
+    normed = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4), nn.Linear(4, 2)
+    )
+    normed.double().train()[1].eval()
+    modes = [module.training for module in embed(normed, torch.randn(5, 3, dtype=torch.float64))]
+    assert modes == [True, False, True]
+
+
+def test_small_weights_are_not_taken_for_rounding() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[2].weight[3] *= 1e-15
+        model[2].bias[3] *= 1e-15
+        model[4].weight[:, 3] *= 1e15
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert difference(embed(model, x, kind="splitting"), model, x) <= 1e-9
+
+
+def test_coefficients_may_be_rounded_to_float32() -> None:
+    model, x = two_layers()
+    shares = torch.eye(4)[[0, 1, 2, 3, 3]]
+    shares[3:, 3] = torch.tensor([0.1, 0.9])
+    assert difference(embed(model, x, kind="splitting", coefficients={"0": shares}), model, x) <= 1e-12

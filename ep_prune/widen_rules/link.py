@@ -103,6 +103,8 @@ def _(op: Normalize, node: Node, w: Widening) -> None:
 
 @link.register
 def _(op: Standardize, node: Node, w: Widening) -> None:
+    if op.weight is None or op.bias is None:
+        raise w.stuck_at(node, op.x, reason="a layer norm without gains and offsets")
     w.pair(op.x, node)
     w.fix(op.x)
 

@@ -120,8 +120,13 @@ def _(op: Normalize, node: Node, w: Widening) -> None:
         )
     )
     e = w.produce(node)
+    # Other moments mean another mix of gain and shift: their gradients vanish together only if both are trained.
+    # And four times the variance must fit into the type.
+    trained = not ({op.weight.tensor, op.bias.tensor} & w.untrained)
+    fits = float(variance.max()) * 4 < torch.finfo(w.n.graph.tensors[str(op.variance.tensor)].dtype).max
+    varied = w.general and fits and (trained or not w.critical)
     moments = [
-        draw(f"{node.name} {name}", count, vary=w.general, fixed=True)
+        draw(f"{node.name} {name}", count, vary=varied, fixed=True)
         for draw, name in ((w.draws.uniform, "variance"), (w.draws.normal, "mean"))
     ]
     wide_variance = variance * 4 ** moments[0]
@@ -195,7 +200,8 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
             for _ in range(3):  # the second and third pass remove the rounding of the first
                 part = part + (wanted - part @ A) @ inverse
         wide[:, :, chosen] = part.transpose(1, 2)
-    wide = torch.where(wide.abs() <= 1e-14 * size, 0.0, wide)  # zero but for rounding
+    most = torch.minimum(wide.abs().amax((1, 2), keepdim=True), wide.abs().amax((0, 2), keepdim=True))
+    wide = torch.where(wide.abs() <= 1e-14 * most, 0.0, wide)  # zero but for rounding
     wide[anything] = w.draws.normal(f"{node.name} junk", *wide.shape)[anything] * size
     sent = torch.einsum("oit,i->o", wide[:, :, passes], t)
     if rows is not None:

@@ -141,7 +141,9 @@ class Widening:
         mode: Mode,
         draws: Draws,
         given: Mapping[Node, tuple[Tensor, Tensor]] | None = None,
+        untrained: frozenset[str] = frozenset(),
     ) -> None:
+        self.untrained = untrained
         self.n, self.kinds, self.pulls, self.mode = n, kinds, pulls, mode
         self.general, self.critical = mode.general, mode.critical
         self.given = given or {}
@@ -406,8 +408,17 @@ class Widening:
         return all(op.layout.interior) and self.has_room(op, node)
 
     def has_room(self, op: Contract, node: Node) -> bool:
-        """Whether a constant that a weight sends can go into its bias, or into the widened batch norm behind."""
-        return op.bias is not None or (node in self.wide and self.before_norm(node))
+        """Whether a constant that a weight sends can go into its bias, or into the widened batch norm behind.
+
+        In critical mode the weight's gradient gains the bias's, which vanishes only if the bias is trained.
+        """
+        bias = op.bias
+        if bias is None and node in self.wide and self.before_norm(node):
+            behind = self.kinds[self.users[node][0]]
+            bias = behind.bias if isinstance(behind, Normalize) else None
+        if bias is None:
+            return False
+        return not self.critical or bias.tensor not in self.untrained or op.weight.tensor in self.untrained
 
     def tensor(self, node: Node) -> Tensor:
         return self.n.tensor(node)
