@@ -18,7 +18,7 @@ from torch import nn
 from ep_prune.cli_files import check_targets, publish
 from ep_prune.cli_models import given
 from ep_prune.errors import InputError, VerificationError
-from ep_prune.storage import load, save_wide
+from ep_prune.storage import holds_plan, load, save_wide
 from ep_prune.trace import run
 from ep_prune.verification import Verification, verify
 from ep_prune.widen import KINDS, embed
@@ -53,6 +53,11 @@ def run_embed(options: argparse.Namespace) -> None:
     check_targets([options.out], options.force)
     asked = _asked(options)
     model, inputs, probes = given(options)
+    if options.weights is not None and holds_plan(options.weights):
+        raise InputError(
+            f"{options.weights} was written by reduce or embed, and no file tells of two such steps: widen the "
+            "model that it came from, or use ep_prune.embed in Python"
+        )
     run(model, inputs)  # wrong inputs are named by the layer that they do not fit
     wide, report = embed(
         model, inputs, kind=options.kind, critical=options.critical, seed=options.seed, full_output=True, **asked

@@ -190,6 +190,13 @@ def test_what_differs_is_not_written(capsys, monkeypatch):
     assert "the wide model differs from the one given" in said and "--double" in said
 
 
+def test_a_wide_file_is_not_widened_again(capsys):
+    assert main(["embed", "embed_net:Net", SHAPE, "--out=wide.safetensors"]) == 0
+    capsys.readouterr()
+    again = ["embed_net:Net", SHAPE, "--weights=wide.safetensors", "--out=wider.safetensors"]
+    assert "no file tells of two such steps" in refused(2, capsys, *again)
+
+
 def test_a_file_of_another_model_is_named(capsys):
     assert main(["embed", "embed_net:Net", SHAPE, "--out=wide.safetensors"]) == 0
     capsys.readouterr()
