@@ -100,11 +100,10 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
     state |= {name: state[kept] for name, kept in json.loads(metadata.get("ep_prune.ties", "{}")).items()}
     if "ep_prune.wide" in metadata:
         _grow_(narrow, state, json.loads(metadata["ep_prune.wide"]))
-    for parameter in narrow.parameters():
-        kept = next(iter(state.values()), torch.empty(0)).dtype
-        if parameter.is_floating_point() and kept.is_floating_point:
-            narrow = narrow.to(kept)
-            break
+    for name, tensor in narrow.state_dict(keep_vars=True).items():
+        kept = state.get(name, tensor).dtype  # each as it was saved: a model may mix types
+        if tensor.is_floating_point() and kept.is_floating_point:
+            tensor.data = tensor.data.to(kept)
     try:
         narrow.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -814,3 +814,36 @@ def test_columns_of_a_bare_weight() -> None:
     model = randomize_(Model())
     plant_(model.weight.detach().T, None, "a b 2a b c")
     assert reduced(model, (4,)).model.weight.shape == (4, 3)
+
+
+def test_a_bias_that_is_broadcast_over_rows_is_no_bias_of_a_channel() -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(5, 3)
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(1, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(torch.addmm(self.bias, torch.tanh(self.first(x)), self.weight)))
+
+    result = ep.reduce(Broadcast().double(), torch.randn(3, 4, dtype=torch.float64))
+    assert "its bias is not one number an output" in str(result.report)
+
+
+def test_a_model_of_two_types_is_loaded_as_it_was_saved(tmp_path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3).double()
+            self.first.weight.data[1], self.first.bias.data[1] = self.first.weight[0], self.first.bias[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)).double())
+
+    result = ep.reduce(Mixed(), torch.randn(3, 4))
+    ep.save(result, tmp_path / "mixed.safetensors")
+    loaded = ep.load(Mixed, tmp_path / "mixed.safetensors")
+    assert loaded.first.out_features == 5
+    for name, tensor in result.model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor)

@@ -98,4 +98,7 @@ def _contract(x: Node, weight: Node, bias: Node | None, layout: Layout) -> Opera
         return Barrier("its weight is computed in the forward pass")
     if bias is not None and bias.tensor is None:
         return Barrier("its bias is computed in the forward pass")
+    outputs = (weight.shape or ())[1] * layout.groups if layout.inputs_first else (weight.shape or ())[0]
+    if bias is not None and bias.shape != (outputs,):  # addmm broadcasts a bias over rows
+        return Barrier("its bias is not one number an output")
     return Contract(x, weight, bias, layout)
