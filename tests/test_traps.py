@@ -843,7 +843,6 @@ def test_a_model_of_two_types_is_loaded_as_it_was_saved(tmp_path) -> None:
     result = ep.reduce(Mixed(), torch.randn(3, 4))
     ep.save(result, tmp_path / "mixed.safetensors")
     loaded = ep.load(Mixed, tmp_path / "mixed.safetensors")
-    assert loaded.first.out_features == 5
     for name, tensor in result.model.state_dict().items():
         assert loaded.state_dict()[name].dtype == tensor.dtype
         assert torch.equal(loaded.state_dict()[name], tensor)
