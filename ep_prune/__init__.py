@@ -20,6 +20,7 @@ from ep_prune.plan import Plan
 from ep_prune.report import Report
 from ep_prune.storage import load, save
 from ep_prune.verification import Verification, verify
+from ep_prune.why import Why, why
 from ep_prune.widen import embed, widenable
 from ep_prune.widen_report import EmbedReport
 
@@ -47,6 +48,7 @@ __all__ = [
     "TraceError",
     "Verification",
     "VerificationError",
+    "Why",
     "criticality",
     "effective_width",
     "embed",
@@ -56,5 +58,6 @@ __all__ = [
     "reduce_",
     "save",
     "verify",
+    "why",
     "widenable",
 ]

@@ -33,6 +33,7 @@ from ep_prune.probes import synthetic_probes
 from ep_prune.storage import load, save
 from ep_prune.trace import prepare
 from ep_prune.verification import verify
+from ep_prune.why import explain
 
 DONE, NOT_VERIFIED, WRONG_USE = 0, 1, 2
 
@@ -51,7 +52,7 @@ torch.load(weights_only=True) takes.
 _EXAMPLES = """\
 examples:
   ep-prune demo
-  ep-prune inspect my_net:MyNet --weights trained.pt --input 1,3,32,32
+  ep-prune inspect my_net:MyNet --weights trained.pt --input 1,3,32,32 --why layer1.0.conv1
   ep-prune reduce my_net:MyNet --weights trained.pt --input 1,3,32,32 --out narrow.safetensors
   ep-prune reduce torchvision:resnet18 --weights r18.pth --tol 1e-3 --probes images.npz --report r18.json
   ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
@@ -104,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
             "--tol", type=float, default=0.0,
             help="accepted relative change of any output on the probes, in float64 (default 0: exact)",
         )  # fmt: skip
+    inspecting.add_argument(
+        "--why", action="append", default=[], metavar="LAYER",
+        help="of this layer alone: why each channel stays, and how near it came to going; may be repeated",
+    )  # fmt: skip
+    inspecting.add_argument("--json", action="store_true", help="print JSON, with one list for each column")
     add_options(embedding)
     reducing.add_argument("--out", type=Path, metavar="FILE", help="the narrow model and its plan (.safetensors)")
     reducing.add_argument("--report", type=Path, metavar="FILE", help="the whole report (.json)")
@@ -176,7 +182,7 @@ def _reduce(options: argparse.Namespace) -> int:
     check_targets(targets, options.force)
     if options.plot is not None:
         _check_plot(options.plot)
-    result = _run(options)
+    result = _run(options, *given(options))
     writers: dict[Path, Callable[[Path], None]] = {}
     if options.out is not None:
         writers[options.out] = lambda path: save(result, path)
@@ -192,14 +198,28 @@ def _reduce(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    result = _run(options, verify_result=False)
-    print(result.report)
+    model, inputs, probes = given(options)
+    result = _run(options, model, inputs, probes, verify_result=False)
+    whys = [explain(result, inputs, layer) for layer in options.why]
+    if options.json:
+        found = {"why": [why.to_dict() for why in whys]} if whys else result.report.to_dict()
+        print(json.dumps(found, indent=2))
+        return DONE
+    for why in whys:
+        print(why)
+    if not whys:
+        print(result.report)
     print("\nnothing was written: this is what reduce would do")
     return DONE
 
 
-def _run(options: argparse.Namespace, **more: Any) -> Result:
-    model, inputs, probes = given(options)
+def _run(
+    options: argparse.Namespace,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    probes: list[tuple[Tensor, ...]] | None,
+    **more: Any,
+) -> Result:
     return reduce(
         model, inputs, tol=options.tol, probes=probes, protect=options.protect, seed=options.seed, **more
     )

@@ -43,12 +43,16 @@ from ep_prune.verification import Verification, verify
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What `reduce` returns: the narrow model, what was done, and the proof that it is the same function."""
+    """What `reduce` returns: the narrow model, what was done, and the proof that it is the same function.
+
+    frozen: (parameter, axis) -> why it was kept whole: protected, rolled back, read in training.
+    """
 
     model: nn.Module
     plan: Plan
     report: Report
     verification: Verification
+    frozen: Mapping[Axis, str] = field(default_factory=dict, repr=False)
 
 
 def reduce(
@@ -128,7 +132,7 @@ def reduce(
             verification=checked,
         )
         narrow = with_modes_of(model, state.model)
-    return Result(narrow, plan, report, checked)
+    return Result(narrow, plan, report, checked, state.frozen)
 
 
 def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
@@ -138,7 +142,7 @@ def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
         raise InputError(f"cannot work in place on a wrapped or parametrized model ({result.report.notes[0]})")
     for step in result.plan.rounds:
         apply_round_(model, step)
-    return Result(model, result.plan, result.report, result.verification)
+    return Result(model, result.plan, result.report, result.verification, result.frozen)
 
 
 def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | None:
