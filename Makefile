@@ -3,6 +3,7 @@
 #   make demo    reduce the network in the package, write demo-out/
 #   make test    the tests
 #   make check   format, lint, types
+#   make fuzz    random programs: SEEDS=5000 START=0; goes on where fuzz-out/log.jsonl ends
 #   make bench   the benchmarks
 #   make clean   remove what the other targets have made, the environment included
 #
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check fuzz bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -42,11 +43,17 @@ check: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+SEEDS ?= 5000
+START ?= 0
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seeds $(SEEDS) --start $(START) --log fuzz-out/log.jsonl
+
 bench: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.masked
 
 clean:
-	rm -rf $(VENV) demo-out bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out bench-out fuzz-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip stands in an environment only once `venv` has run to its end, so one cut short is made again.
