@@ -1,11 +1,11 @@
 """Seeded random programs over the registered operators: reduced, widened by `embed`, and reduced again.
 
-A `Program` is a list of operations on numbered values (0 is the input); `build` makes it a module that runs the list.
+A `Program` is a list of operations on numbered values (0 is the input); `build` makes a module that runs it.
 `check` takes it through
 
     narrow -> reduce -> base -> embed -> wide -> reduce -> back
 
-and says what is wrong, if anything: an output that differs by more than 1e-10 (relative, float64), an error, a second
+and says what is wrong: an output that differs by more than 1e-10 (relative, float64), an error, a second
 reduction of `base` that still finds something, or a space of `back` that is wider than that of `base` without a
 reason in the report. `shrink` drops operations as long as the program fails in the same way.
 
@@ -55,7 +55,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """`layout`: "image" (2, 3, 6, 6), "row" (2, 4) or "tokens" (2, 5, 4); `outputs`: the values that are returned."""
+    """`layout`: "image" (2, 3, 6, 6), "row" (2, 4) or "tokens" (2, 5, 4); `outputs`: the values returned."""
 
     layout: str
     ops: tuple[Op, ...]
@@ -65,7 +65,7 @@ class Program:
     def code(self) -> str:
         """Python that makes this program."""
         lines = [
-            f"    Op({op.name!r}, {op.args}, {op.setting!r}, {op.width}, {op.seed}, {op.like}),  # value {place + 1}"
+            f"    Op({op.name!r}, {op.args}, {op.setting!r}, {op.width}, {op.seed}, {op.like}),  # {place + 1}"
             for place, op in enumerate(self.ops)
         ]
         return "\n".join([f"Program({self.layout!r}, (", *lines, f"), outputs={self.outputs}, seed={self.seed})"])
@@ -391,7 +391,7 @@ def without(program: Program, place: int) -> Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`problem`: what is wrong, or "". planted: channels that `embed` added; left: spaces that stayed wider, with the
+    """`problem`: what is wrong, or "". planted: channels that `embed` added; left: spaces still wider, with the
     reasons of the report; barriers: operators without a rule that were met."""
 
     problem: str
