@@ -319,8 +319,7 @@ def nearest_copies(facets: Facets, needs: Sequence[Demand], roots: Tensor) -> Co
 
 def _proposed(facet: Facet, positions: Tensor, groups: int, roots: Tensor) -> Tensor:
     """(m, 2) pairs (place in `roots`, root of another channel) that may be nearest at one reader."""
-    _, rank, order = _first_place(positions, roots)
-    mine = order
+    rank, mine = _first_place(positions, roots)
     if not len(mine):
         return torch.empty(0, 2, dtype=torch.int64)
     size = len(positions)
@@ -346,12 +345,12 @@ def _proposed(facet: Facet, positions: Tensor, groups: int, roots: Tensor) -> Te
     return torch.stack([left, positions[place[some]]], 1)
 
 
-def _first_place(positions: Tensor, roots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(m,) roots, their places in `roots`, and the first position of each, for those that stand at the reader."""
+def _first_place(positions: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+    """For the roots that stand at the reader: (m,) their places in `roots`, and the first position of each."""
     size = int(max(positions.max(), roots.max())) + 1
     first = torch.full((size,), len(positions)).scatter_reduce_(0, positions, torch.arange(len(positions)), "amin")
     there = first[roots] < len(positions)
-    return roots[there], there.nonzero().squeeze(1), first[roots[there]]
+    return there.nonzero().squeeze(1), first[roots[there]]
 
 
 def _places(positions: Tensor, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,9 @@ from ep_prune.spaces import Space, spaces
 from ep_prune.trace import random_state_kept, trace
 from ep_prune.trial import frozen_slots
 
+TOLD_APART = ("distinct and read", "near a copy, but its outgoing weights tell them apart")
+"""The reasons of `STAYED` that a nearer copy would do away with."""
+
 SHOWN = 3
 """How many channels of a group are printed one by one: those with the nearest misses."""
 
@@ -71,7 +74,7 @@ class Why:
         near = ((self.ratio.abs() - 1).abs() <= self.residual + self.rounding) & (self.other >= 0)
         copy = torch.where(near, torch.where(self.ratio > 0, 0, 1), 2)
         null = self.seen < self.residual.nan_to_num(torch.inf)
-        told_apart = torch.tensor(["copy" in reason or "distinct" in reason for reason in self.reasons])
+        told_apart = torch.tensor([reason in TOLD_APART for reason in self.reasons])
         none = ~told_apart[self.reason] | ((self.other < 0) & ~null)
         code = torch.where(none, 4, torch.where(null, 3, copy))
         return [("split", "flipped", "scaled", "null", "")[k] for k in code.tolist()]
