@@ -14,6 +14,7 @@ from torch import Tensor
 from ep_prune.find import MARGIN, Freedom, Sparse, congruence
 from ep_prune.graph import Graph, Node, Normalize
 from ep_prune.numbering import Numbering, Port
+from ep_prune.numbering.contraction import unseen, without_negligible
 from ep_prune.rules import kind_of
 
 AMPLIFIED = 1e4
@@ -129,10 +130,8 @@ class Demand:
         for port in self.ports:
             rows, leader = port.x.rows, port.classes.leader
             away = port.classes.residual + rows.error + port.classes.scale.abs() * rows.error[leader]
-            size = port.net.square().sum(2) * rows.linear_norm().square().unsqueeze(1)
-            total = size.reshape(port.groups, -1, size.shape[1]).sum(1).sqrt()
             effect = port.weight.square().sum(2).sqrt() * away.unsqueeze(1)
-            share = effect.reshape(port.groups, -1, size.shape[1]) > allowed * total.unsqueeze(1)
+            share = effect.reshape(port.groups, -1, effect.shape[1]) > allowed * port.size.unsqueeze(1)
             result |= (share.reshape(effect.shape) & spread(self.outputs(), len(rows))).any(1)
         return result
 
@@ -144,7 +143,8 @@ class Demand:
             sent, size = terms.sum(1), terms.square().sum(1).sqrt()
             error = port.x.rows.error.reshape(port.groups, -1, 1, 1)
             noise = (port.weight.reshape(terms.shape) * error).square().sum(1).sqrt()
-            nonzero = (sent.abs() > MARGIN * (self.eps * size + noise)) & outputs.unsqueeze(2)
+            least = MARGIN * (self.eps * size + noise) + unseen(self.eps) * port.size.unsqueeze(2)
+            nonzero = (sent.abs() > least) & outputs.unsqueeze(2)
             edge = ~torch.tensor(port.op.layout.interior)
             if bool(nonzero[:, :, edge].any()) or (bool(nonzero.any()) and not self.takes_constants):
                 return False
@@ -192,7 +192,12 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
         if not demand.foldable:
             demand.leader = torch.arange(size)
             demand.scale = torch.ones(size, dtype=torch.float64)
-            demand.nets = [torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight) for p in ports]
+            demand.nets = [
+                without_negligible(
+                    torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight), p.x.rows, p.size, demand.eps
+                )
+                for p in ports
+            ]
         demand.prefer = demand.leader.clone()
         _find_room_for_constants(n, demand, users)
         _prefer_members(demand)
@@ -228,7 +233,8 @@ def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: fl
     terms = port.weight * torch.where(constant, 0.0, scale).reshape(-1, 1, 1)
     net = torch.zeros_like(terms).index_add_(0, leader, terms)
     size = torch.zeros_like(terms).index_add_(0, leader, terms.abs())
-    return torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
+    net = torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
+    return without_negligible(net, port.x.rows, port.size, eps)
 
 
 def _join_uses(demand: Demand) -> None:

@@ -270,7 +270,7 @@ def _attempts(narrow: nn.Module, job: _Job, names: frozenset[str]) -> tuple[Wide
             return work, refused
         except Stuck as stuck:
             assert stuck.spaces, "an attempt fails over some space"
-            lost = stuck.spaces & calm if stuck.may_calm else stuck.spaces
+            lost = frozenset() if stuck.may_calm and stuck.spaces - calm else stuck.spaces
             refused |= dict.fromkeys(lost, stuck.reason)
             calm |= stuck.spaces
 

@@ -58,10 +58,15 @@ def test_embeddings_keep_the_output_and_with_the_backward_condition_criticality(
         if len(report.left_alone) < len(widenable(narrow, inputs)):
             assert sum(p.numel() for p in wide.parameters()) > parameters, (description, kind)
         assert problem.gradient(wide) < 1e-9, (description, kind)
-    # So wide that it is no accident: a null that ReLU switches off is critical in any case.
-    wide = embed(narrow, inputs, kind="compatible", critical=False, factor=3.0, seed=seed)
-    assert difference(wide, narrow, inputs) <= 1e-12, description
-    assert problem.gradient(wide) > 1e-6, description
+    # So wide, and more than one draw, that it is no accident: a null that ReLU switches off is critical in any
+    # case, and a network may end in one channel that ReLU lets through (seed 67), which not every draw copies.
+    for draw in range(seed, seed + 4):
+        wide = embed(narrow, inputs, kind="compatible", critical=False, factor=3.0, seed=draw)
+        assert difference(wide, narrow, inputs) <= 1e-12, description
+        if problem.gradient(wide) > 1e-6:
+            break
+    else:
+        pytest.fail(f"no general embedding leaves the critical point: {description}")
 
 
 @pytest.mark.parametrize("seed", range(50))

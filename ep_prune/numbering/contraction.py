@@ -46,6 +46,9 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
         n.slots.unify(n.slots.of(str(op.bias.tensor), 0, len(bias)), slots_out)
         offset = offset + bias
         error = (error.square() + (n.eps(op.bias) * bias).square()).sqrt()
+    size = _size(net, x.rows, pattern, offset)
+    net = without_negligible(net, x.rows, size, eps)
+    pattern = torch.where(pattern.abs() <= unseen(eps) * size.unsqueeze(2), 0.0, pattern)
     pattern_rows = torch.where(interior, 0.0, pattern)
 
     signature = f"{layout.signature} at {_position_shape(x)}"
@@ -63,7 +66,7 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
             slots_out,
         )
     )
-    n.ports.append(Port(node, op, x, out, classes, constant, net, weight, pattern))
+    n.ports.append(Port(node, op, x, out, classes, constant, net, weight, pattern, size))
     return out
 
 
@@ -93,6 +96,33 @@ def _net(
     if len(several):
         square[several] = noise.sum(2)
     return net, square
+
+
+def unseen(eps: float) -> float:
+    """The share of an output that it cannot show: the rounding of its rounding, in half precision less.
+
+    Inputs may then differ in size by a factor of 1 / eps, and what they send is rounded away still.
+    """
+    return min(eps, 1e-6) ** 2
+
+
+def _size(net: Tensor, rows: Rows, pattern: Tensor, offset: Tensor) -> Tensor:
+    """(G, O/G): the length of what each output is made of, over all inputs of its group, taps and constants."""
+    groups, outputs, _ = pattern.shape
+    square = net.square().sum(2) * rows.linear_norm().square().unsqueeze(1)
+    constants = pattern.square().sum(2) + offset.square().reshape(groups, outputs)
+    return (square.reshape(groups, -1, outputs).sum(1) + constants).sqrt()
+
+
+def without_negligible(net: Tensor, rows: Rows, size: Tensor, eps: float) -> Tensor:
+    """`net` (n, O/G, taps) without the weights that no output of this `size` (G, O/G) can show.
+
+    Weight decay shrinks what no gradient holds to 1e-20 and less, and sums that cancel leave such numbers.
+    """
+    groups, outputs = size.shape
+    limit = unseen(eps) * size.unsqueeze(1).expand(groups, len(net) // groups, outputs).reshape(net.shape[:2])
+    negligible = net.abs() * rows.linear_norm().reshape(-1, 1, 1) <= limit.unsqueeze(2)
+    return torch.where(negligible, 0.0, net)
 
 
 def _constants(weight: Tensor, rows: Rows, groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ class Port:
 
     `x`: the input, row i at input position i; `classes`: equal directions among these rows, `constant` those
     without any; `net` (n, O/G, taps): what each class, at its leader's place, sends to each output; `weight`
-    (n, O/G, taps): what each position sends; `pattern` (G, O/G, taps): what the constants send.
+    (n, O/G, taps): what each position sends; `pattern` (G, O/G, taps): what the constants send; `size` (G, O/G):
+    the length of what each output is made of.
     """
 
     node: Node
@@ -65,6 +66,7 @@ class Port:
     net: Tensor
     weight: Tensor
     pattern: Tensor
+    size: Tensor
 
     @property
     def groups(self) -> int:

@@ -200,8 +200,7 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
             for _ in range(3):  # the second and third pass remove the rounding of the first
                 part = part + (wanted - part @ A) @ inverse
         wide[:, :, chosen] = part.transpose(1, 2)
-    most = torch.minimum(wide.abs().amax((1, 2), keepdim=True), wide.abs().amax((0, 2), keepdim=True))
-    wide = torch.where(wide.abs() <= 1e-14 * most, 0.0, wide)  # zero but for rounding
+    wide = torch.where(wide.abs() <= 1e-14 * _scale(wide, draw, x), 0.0, wide)  # zero but for rounding
     wide[anything] = w.draws.normal(f"{node.name} junk", *wide.shape)[anything] * size
     sent = torch.einsum("oit,i->o", wide[:, :, passes], t)
     if rows is not None:
@@ -215,6 +214,22 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
             )
         w.new[str(op.bias.tensor)] = bias - torch.where(anything, 0.0, sent)
     return wide
+
+
+def _scale(wide: Tensor, draw: Tensor, x: Wide | None) -> Tensor:
+    """(N_out, N_in, 1): the size that an entry of a weight (N_out, N_in, taps) has by its row and its column.
+
+    A row that is all rounding is measured by the numbers it was drawn from, a copy that is by the other copies of
+    its channel, a null by the other nulls.
+    """
+    rows = torch.maximum(wide.abs(), draw.abs()).amax((1, 2))
+    columns = wide.abs().amax((0, 2))
+    if x is not None:
+        channel = x.source + 1
+        most = torch.zeros(int(channel.max()) + 1, dtype=torch.float64)
+        size = x.size_of_copies()
+        columns = most.scatter_reduce_(0, channel, columns * size, "amax")[channel] / size
+    return torch.minimum(rows.unsqueeze(1), columns).unsqueeze(2)
 
 
 def _unseen_behind(draw: Tensor, rows: Wide | None, outputs: int) -> Tensor:

@@ -99,6 +99,10 @@ class Wide:
         assert self.e is not None
         return self.e
 
+    def size_of_copies(self) -> Tensor:
+        """|d| (N,) of a copy, 1 of a null."""
+        return torch.where(self.null, 1.0, self.d.abs())
+
     def embedding(self, k: int) -> ChannelEmbedding:
         """x' = T x + t for these rows; k: the number of narrow rows."""
         real = (~self.null).nonzero().squeeze(1)
