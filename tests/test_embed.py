@@ -58,6 +58,8 @@ def test_embeddings_keep_the_output_and_with_the_backward_condition_criticality(
         if len(report.left_alone) < len(widenable(narrow, inputs)):
             assert sum(p.numel() for p in wide.parameters()) > parameters, (description, kind)
         assert problem.gradient(wide) < 1e-9, (description, kind)
+    if float(narrow(problem.inputs).detach().std(0).max()) == 0:
+        return  # all of it switched off by ReLU: no parameter but the last bias has a gradient, embedded or not
     # So wide, and more than one draw, that it is no accident: a null that ReLU switches off is critical in any
     # case, and a network may end in one channel that ReLU lets through (seed 67), which not every draw copies.
     for draw in range(seed, seed + 4):
