@@ -3,7 +3,7 @@
 Imports torch and the error types alone: it shares no code with the prover.
 """
 
-from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, draw
+from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, described, draw, plain
 from ep_prune.verification.compare import verify
 from ep_prune.verification.figures import OutputDifference, Verification
 from ep_prune.verification.trees import InFloat64
@@ -16,6 +16,8 @@ __all__ = [
     "boxes_of",
     "check_inside",
     "clamped",
+    "described",
     "draw",
+    "plain",
     "verify",
 ]

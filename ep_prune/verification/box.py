@@ -107,3 +107,30 @@ def draw(box: Box, family: str, shape: Sequence[int], generator: torch.Generator
 def clamped(box: Box, value: Tensor) -> Tensor:
     """The nearest point of the box."""
     return torch.maximum(torch.minimum(value, box[1].to(value)), box[0].to(value))
+
+
+def plain(domain: Any) -> Any:
+    """A domain as nested lists, dicts and numbers, as JSON takes them."""
+    if isinstance(domain, Mapping):
+        return {str(name): plain(part) for name, part in domain.items()}
+    if isinstance(domain, tuple | list):
+        return [plain(part) for part in domain]
+    return domain if domain is None else torch.as_tensor(domain, dtype=torch.float64).tolist()
+
+
+def described(boxes: Sequence[Box | None]) -> str:
+    """A domain for a person: `[0, 1]`, `[-1.2, 0.6] x [-0.07, 0.07]`, or how many sides it has."""
+
+    def side(low: float, high: float) -> str:
+        return f"[{low:.6g}, {high:.6g}]"
+
+    texts = []
+    for low, high in (box for box in boxes if box is not None):
+        ends = torch.stack([low.reshape(-1), high.reshape(-1)], 1)
+        if bool((ends == ends[:1]).all()):
+            texts.append(side(*ends[0].tolist()))
+        elif len(ends) <= 4:
+            texts.append(" x ".join(side(*pair) for pair in ends.tolist()))
+        else:
+            texts.append(f"{len(ends)} sides, within {side(float(low.min()), float(high.max()))}")
+    return ", ".join(texts)
