@@ -1,8 +1,9 @@
 """The one object: how wide channels are made of narrow ones, x = T z + t, and the edits that follow from it.
 
 A `ChannelEmbedding` stands at one program point. Where the point is *consumed* by a weight, the narrow weight is
-W T and the bias gains W t (`Fold`); where it is *produced* the kept rows are taken as they are (`Cut`). Where nothing bends between the two,
-T may be dense: the narrow channels are then mixtures of the wide ones (`Mix`). A plan is a sequence of rounds of such edits, stated on parameters by name, and so applies to any copy of the model.
+W T and the bias gains W t (`Fold`); where it is *produced* the kept rows are taken as they are (`Cut`). Where
+nothing bends between the two, T may be dense: the narrow channels are then mixtures of the wide ones (`Mix`). A
+plan is a sequence of rounds of such edits, stated on parameters by name, and so applies to any copy of the model.
 """
 
 from __future__ import annotations

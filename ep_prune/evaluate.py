@@ -108,6 +108,7 @@ def boundary(graph: Graph, changed: Iterable[Node], replaced: Iterable[str] = ()
 
 
 def call(node: Node, values: Mapping[Node, Any], device: torch.device) -> Any:
+    """One node's operator on the values of its operands, in float64. Raises `InputError` where it does not run."""
     if node.op in _CHECKS:
         return None
     if node.target is None:

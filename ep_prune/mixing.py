@@ -1,4 +1,4 @@
-"""Channels that nothing bends between the weight that writes them and those that read them: fold them to their rank.
+"""Channels that nothing bends between the weight that writes them and those that read them: their rank.
 
     h = W_in x + b,   y = W_out h + ...        M = W_out W_in, of rank r < s = the number of such channels
 
@@ -7,14 +7,14 @@ are replaced by r mixtures of themselves: with the singular value decomposition 
     v = L (W_in x) + c,   L = S_r^-1 P_r' W_out          h = R v + t as far as W_out sees it,
     R = W_in V^+ (V = L W_in as it was rounded),         t = b - R c
 
-Two cases. *No activation* between: all channels, c = 0. *Always on* ReLUs on a declared domain: those channels alone,
-and c so large that bounds prove v > 0 on the whole domain; the new units are always on as well.
-(Serra et al., Lossless compression of deep neural networks, 2020, fold to the rank of W_in; the product's is lower.)
+Two cases. *No activation* between: all channels, c = 0. *Always on* ReLUs on a declared domain: those channels,
+and c so large that bounds prove v > 0 on the whole domain; the new units are always on as well. (Serra et al.,
+Lossless compression of deep neural networks, 2020, fold to the rank of W_in; the product's is lower.)
 
 Exact at rounding: what is dropped changes no output, anywhere on the domain, by more than MARGIN roundings of the
 terms that the output sums up there (without a domain: of its weights, at inputs of size 1).
 
-The edit keeps all shapes. The s - r channels left over are read by nobody then, and the next selection takes them.
+The edit keeps all shapes. Nobody reads the s - r channels left over then, and the next selection takes them.
 
 Left out, and left alone: batch norm between the two, producers or consumers in groups, channels that several weights
 write, weights with another use, max pools; zero padding in front of a consumer where a constant t would meet it.
@@ -236,7 +236,7 @@ def _room(place: _Place, n: Numbering) -> tuple[str | None, str | None] | None:
 
 
 def _spots(demand: Demand, own: Tensor, rows: Tensor) -> Tensor | None:
-    """(s, q) where each channel stands among a consumer's inputs; None where they do not all stand equally often."""
+    """(s, q) where each channel stands among a consumer's inputs; None where they do not stand equally often."""
     number = torch.full((int(max(own.max(), demand.roots.max())) + 1,), -1)
     number[own[rows]] = torch.arange(len(rows))
     member = number[demand.roots]

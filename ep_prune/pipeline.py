@@ -64,6 +64,7 @@ class Result:
     report: Report
     verification: Verification
     frozen: Mapping[Axis, str] = field(default_factory=dict, repr=False)
+    boxes: Sequence[Box | None] | None = field(default=None, repr=False)
 
 
 def reduce(
@@ -151,7 +152,7 @@ def reduce(
             domain="" if domain is None else described(boxes or []),
         )
         narrow = with_modes_of(model, state.model)
-    return Result(narrow, plan, report, checked, state.frozen)
+    return Result(narrow, plan, report, checked, state.frozen, boxes)
 
 
 def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
@@ -161,7 +162,7 @@ def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
         raise InputError(f"cannot work in place on a wrapped or parametrized model ({result.report.notes[0]})")
     for step in result.plan.rounds:
         apply_round_(model, step)
-    return Result(model, result.plan, result.report, result.verification, result.frozen)
+    return Result(model, result.plan, result.report, result.verification, result.frozen, result.boxes)
 
 
 def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | None:
@@ -226,9 +227,7 @@ def _start(
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
     graph = trace(wide, example_inputs)
-    return State(
-        wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes
-    )
+    return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
 
 
 def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -263,9 +262,9 @@ def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
     """Fold one layer's straight channels to their rank; the rounds after it drop those that are left over."""
     if records.mixed is not None:  # what was folded last: did the rounds since then take what it left?
-        name, axis, width = records.mixed
-        if state.graph.tensors[name].shape[axis] >= width:
-            state.frozen[(name, axis)] = "folded to its rank, and its channels are needed elsewhere"
+        last, width = records.mixed
+        if state.graph.tensors[last[0]].shape[last[1]] >= width:
+            state.frozen[last] = "folded to its rank, and its channels are needed elsewhere"
     while True:
         found = mixtures(state.graph, state.ranges(), state.frozen)
         if found is None:
@@ -273,7 +272,7 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         axis = found.weight, found.axis
         outcome = attempt_round(state, found.step, example_inputs)
         if not isinstance(outcome, str):
-            records.mixed = (*axis, state.graph.tensors[found.weight].shape[found.axis])
+            records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
             records.left[axis] = found.left
             state.model, state.graph = outcome
             state.rounds.append(found.step)
@@ -301,7 +300,7 @@ class _Records:
 
     spaces: dict[str, SpaceRecord] = field(default_factory=dict)
     barriers: dict[str, str] = field(default_factory=dict)
-    mixed: tuple[str, int, int] | None = None
+    mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""

@@ -141,9 +141,9 @@ class Plan:
 
         def mix(item: dict[str, Any]) -> Mix:
             groups, inputs_first, taps = item["layout"]
-            parts = [tensors[item[key]] for key in ("rows", "mixing", "offset")]
+            rows, mixing, offset = (tensors[item[key]] for key in ("rows", "mixing", "offset"))
             layout = Layout(groups, inputs_first, interior=(True,) * taps)
-            return Mix(item["weight"], layout, *parts, item["bias"], item["new_bias"])
+            return Mix(item["weight"], layout, rows, mixing, offset, item["bias"], item["new_bias"])
 
         rounds = tuple(
             Round(

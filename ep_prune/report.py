@@ -88,7 +88,8 @@ class Report:
             "",
             f"parameters  {_change(self.before.parameters, self.after.parameters)}",
             f"MACs        {_change(self.before.macs, self.after.macs)}",
-            f"grade       {self.grade}" + (f", tol {self.tol:g}" if self.tol else "")
+            f"grade       {self.grade}"
+            + (f", tol {self.tol:g}" if self.tol else "")
             + (f", on the declared domain {self.domain}" if self.domain else ""),
         ]
         lines += [f"note        {note}" for note in self.notes]

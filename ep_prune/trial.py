@@ -55,14 +55,23 @@ class State:
             return {}
         known = self._ranges.get(0)
         if known is None or known[0] is not self.graph:
-            proof = prove(self.model, self.graph, self.example, placed(self.graph, self.example, self.boxes))
-            found = {n: (b.low, b.high) for n, b in proof.bounds.items() if isinstance(b, Bounds)}
-            known = self._ranges[0] = self.graph, {n: ends for n, ends in found.items() if n.tensor is None}
+            found = ranges_of(self.model, self.graph, self.example, self.boxes)
+            known = self._ranges[0] = self.graph, found
         return known[1]
 
     def number(self, tolerance: float = 0.0) -> Numbering:
         """The numbering of the model as it is, on the declared domain."""
         return number_channels(self.graph, tolerance, ranges=self.ranges())
+
+
+def ranges_of(
+    model: nn.Module, graph: Graph, inputs: Any, boxes: Sequence[Box | None] | None
+) -> dict[Node, tuple[Tensor, Tensor]]:
+    """Between what the elements of each computed node lie on a declared domain; empty without one (None)."""
+    if boxes is None:
+        return {}
+    proof = prove(model, graph, inputs, placed(graph, inputs, boxes))
+    return {n: (b.low, b.high) for n, b in proof.bounds.items() if isinstance(b, Bounds) and n.tensor is None}
 
 
 def placed(graph: Graph, inputs: Any, boxes: Sequence[Box | None]) -> list[Box | None]:

@@ -11,7 +11,7 @@ and each entry of A takes the line that its sign needs (Zhang et al., Efficient 
 Certification, NeurIPS 2018). Tensors that have bounds but no such step (max pools, tanh, products) end the walk
 like inputs: their own bounds are taken.
 
-Every row of the batch carries one functional, so one pass bounds as many elements as the batch has rows. The rows
+Every row of the batch carries one functional: one pass bounds as many elements as the batch has rows. The rows
 must not mix: `are_rows_apart` says whether a graph keeps them apart.
 
 Rounding: a step off by delta, relative to the terms that it sums, changes the bound by at most
@@ -170,7 +170,7 @@ def _through_affine(walk: _Pass, op: Operation, node: Node, sources: Sequence[No
 def affine_sources(
     op: Operation, node: Node, graph: Graph, bounds: Mapping[Node, Found]
 ) -> tuple[Node, ...] | None:
-    """The computed tensors of which the node is an affine function; None where it is none, or one has no bounds."""
+    """The computed tensors that the node is an affine function of; None where it is none, or one has no bounds."""
     if isinstance(op, Item):
         parent = kind_of(op.x, graph)
         if not isinstance(parent, Split | Normalize):

@@ -124,6 +124,7 @@ def bounds_of(node: Node, graph: Graph, values: Values) -> Found:
 
 
 def one(values: Values, side: Node | float) -> Bounds | None:
+    """The bounds of one operand, if it has some; a number lies between itself and itself."""
     if not isinstance(side, Node):
         number = torch.tensor(float(side), dtype=torch.float64)
         return Bounds.of(number, number)
@@ -176,7 +177,9 @@ def contracted(op: Contract, node: Node, graph: Graph, x: Bounds, weight: Tensor
     relative = terms * EPS
     center = applied(node, graph, {op.x: middle, op.weight: weight, **given})
     spread = applied(node, graph, {op.x: radius + 4 * EPS * magnitude, op.weight: weight.abs(), **zero})
-    size = applied(node, graph, {op.x: magnitude, op.weight: weight.abs(), **{k: v.abs() for k, v in given.items()}})
+    size = applied(
+        node, graph, {op.x: magnitude, op.weight: weight.abs(), **{k: v.abs() for k, v in given.items()}}
+    )
     size = size * (1 + 2 * relative)
     return Bounds.widened(center - spread, center + spread, size, 4 * relative)
 
@@ -275,10 +278,9 @@ def _moved(node: Node, graph: Graph, values: Values) -> Found:
     found = {x: one(values, x) for x in own}
     if any(value is None for value in found.values()):
         return None
-    low, high = (
-        applied(node, graph, {x: side(value) for x, value in found.items() if value is not None})
-        for side in (lambda value: value.low, lambda value: value.high)
-    )
+    known = {x: value for x, value in found.items() if value is not None}
+    low = applied(node, graph, {x: value.low for x, value in known.items()})
+    high = applied(node, graph, {x: value.high for x, value in known.items()})
     if isinstance(low, Tensor):
         return Bounds.of(low, high)
     return tuple(Bounds.of(*ends) for ends in zip(low, high, strict=True))

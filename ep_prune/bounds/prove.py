@@ -34,7 +34,7 @@ Box = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """rows: functionals bounded in all; pieces: of the box, at most; dimensions: more are not split."""
+    """rows: functionals bounded in all. pieces: of the box, at most; dimensions: more are not split."""
 
     rows: int = 2**20
     pieces: int = 2**15
@@ -47,7 +47,7 @@ class Budget:
 class Proof:
     """Bounds of the graph's nodes on the whole box, with one row (1, ...); None where there are none.
 
-    `pieces`: how many pieces of the box it took; `open`: ReLU inputs that the points leave open and no bound settles.
+    pieces: how many pieces of the box it took. open: claims on ReLU inputs that no point refutes, and no bound proves.
     """
 
     bounds: Mapping[Node, Found]
@@ -75,7 +75,7 @@ class _Prover:
         self.rowwise = rowwise is not None and are_rows_apart(self.graph, self.kinds, self.count)
         inputs = _inputs(self.graph)
         self.boxes = {
-            node: tuple(end.double().expand((node.shape or ())[1:]) for end in box)
+            node: (box[0].double().expand((node.shape or ())[1:]), box[1].double().expand((node.shape or ())[1:]))
             for node, box in zip(inputs, boxes, strict=True)
             if box is not None and node.shape
         }
@@ -103,7 +103,7 @@ class _Prover:
     def _forward(
         self, pieces: Mapping[Node, Box], wanted: Mapping[Node, Tensor] | None, whole: bool = False
     ) -> dict[Node, Found]:
-        """Bounds of all nodes on up to R pieces (P rows). wanted: ReLU node -> (P, ...) the inputs worth tightening."""
+        """Bounds of all nodes on up to R pieces, (P, ...). wanted: ReLU node -> (P, ...) inputs worth tightening."""
         size = len(next(iter(pieces.values()))[0]) if pieces and not whole else 1
         found: dict[Node, Found] = {}
         rows = Rows(self.graph, self.kinds, found, self.count)
@@ -126,7 +126,9 @@ class _Prover:
         """A node on R rows; P of them are pieces, the others repeat the first."""
         if whole or node.tensor is not None:
             return bounds_of(node, self.graph, found)
-        padded = {x: _padded(found.get(x), self.count) if x.tensor is None else found.get(x) for x in node.operands()}
+        padded = {
+            x: _padded(found.get(x), self.count) if x.tensor is None else found.get(x) for x in node.operands()
+        }
         return _cut(bounds_of(node, self.graph, padded), size)
 
     def _tightened(self, rows: Rows, node: Node, value: Bounds, wanted: Tensor | None) -> Bounds:
@@ -140,7 +142,7 @@ class _Prover:
         self.spent += 2 * len(place)
         low, high = value.low.reshape(len(across), -1).clone(), value.high.reshape(len(across), -1).clone()
         for sign, ends in ((1.0, low), (-1.0, high)):
-            for part in place.split(self.count):
+            for part in place.split(self.count):  # type: ignore[no-untyped-call]
                 piece, element = part[:, 0], part[:, 1]
                 functional = torch.zeros(self.count, low.shape[1], dtype=torch.float64)
                 functional[torch.arange(len(part)), element] = sign
@@ -166,7 +168,7 @@ class _Prover:
     # ---- pieces ---------------------------------------------------------------------------------------
 
     def _split(self, pieces: dict[Node, Box], found: dict[Node, Found]) -> tuple[dict[Node, Found], int, int]:
-        """Halve the box until every claim that the points allow is proved on every piece, or the budget is spent."""
+        """Halve the box until every claim that the points allow is proved on each piece, or the budget is spent."""
         inputs = {node: op.x for node in self.bending if isinstance(op := self.kinds[node], Pointwise)}
         inputs = {node: x for node, x in inputs.items() if isinstance(found.get(x), Bounds)}
         claims = {node: self._claims(found[x]) for node, x in inputs.items()}
@@ -184,7 +186,7 @@ class _Prover:
             self._refute(claims, inputs, self._corners(spread))
             open_ = self._open(claims, done)
             size = len(next(iter(spread.values()))[0])
-            for part in torch.arange(size).split(self.count):
+            for part in torch.arange(size).split(self.count):  # type: ignore[no-untyped-call]
                 own = {node: (low[part], high[part]) for node, (low, high) in spread.items()}
                 wanted = {}
                 for node, x in inputs.items():
@@ -213,7 +215,9 @@ class _Prover:
             off, on = (side.reshape(value.low.shape) for side in proved)
             zero = torch.zeros_like(value.low)
             low, high = torch.where(on, value.low.clamp_min(0), value.low), torch.where(off, zero, value.high)
-            result[x] = Bounds(torch.minimum(low, high), torch.where(off, torch.minimum(value.high, zero), high), value.size)
+            result[x] = Bounds(
+                torch.minimum(low, high), torch.where(off, torch.minimum(value.high, zero), high), value.size
+            )
         return result, total, left
 
     def _claims(self, value: Found) -> Tensor:
@@ -230,10 +234,12 @@ class _Prover:
         """(P,) whether some claim is not proved on the piece."""
         return torch.stack([(claim & ~done[node]).flatten(1).any(1) for node, claim in claims.items()]).any(0)
 
-    def _refute(self, claims: dict[Node, Tensor], inputs: Mapping[Node, Node], points: Mapping[Node, Tensor]) -> None:
+    def _refute(
+        self, claims: dict[Node, Tensor], inputs: Mapping[Node, Node], points: Mapping[Node, Tensor]
+    ) -> None:
         """Drop the claims that a point contradicts."""
         size = len(next(iter(points.values())))
-        for part in torch.arange(size).split(self.count):
+        for part in torch.arange(size).split(self.count):  # type: ignore[no-untyped-call]
             index = part.new_zeros(self.count)
             index[: len(part)] = part
             given = {node: value[index] for node, value in points.items()}
@@ -254,12 +260,18 @@ class _Prover:
     def _corners(self, pieces: Mapping[Node, Box]) -> dict[Node, Tensor]:
         """The corners and the middle of every piece."""
         nodes = list(pieces)
-        moving = [(node, int(k)) for node in nodes for k in (pieces[node][0][0] < pieces[node][1][0]).reshape(-1).nonzero()]
+        moving = [
+            (node, int(k))
+            for node in nodes
+            for k in (pieces[node][0][0] < pieces[node][1][0]).reshape(-1).nonzero()
+        ]
         found = {node: [(low + high) / 2] for node, (low, high) in pieces.items()}
         for choice in itertools.product((0, 1), repeat=len(moving)):
             corner = {node: pieces[node][0].clone() for node in nodes}
             for (node, k), end in zip(moving, choice, strict=True):
-                corner[node].reshape(len(corner[node]), -1)[:, k] = pieces[node][end].reshape(len(corner[node]), -1)[:, k]
+                corner[node].reshape(len(corner[node]), -1)[:, k] = pieces[node][end].reshape(
+                    len(corner[node]), -1
+                )[:, k]
             for node in nodes:
                 found[node].append(corner[node])
         return {node: torch.cat(parts) for node, parts in found.items()}

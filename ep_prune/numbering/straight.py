@@ -29,7 +29,9 @@ def straight_parts(op: Pointwise, node: Node, n: Numbering, x: Channels) -> tupl
     except RuntimeError:  # channels that differ along the batch
         return None
     count = len(x.rows)
-    low = torch.full((count,), torch.inf, dtype=torch.float64).scatter_reduce_(0, labels, ends[0].reshape(-1), "amin")
+    low = torch.full((count,), torch.inf, dtype=torch.float64).scatter_reduce_(
+        0, labels, ends[0].reshape(-1), "amin"
+    )
     high = torch.full((count,), -torch.inf, dtype=torch.float64).scatter_reduce_(
         0, labels, ends[1].reshape(-1), "amax"
     )

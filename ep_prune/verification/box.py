@@ -1,7 +1,7 @@
 """A declared domain: a box of inputs, and whether inputs lie in it.
 
-    domain = (lo, hi)             two numbers for all floating inputs; or two arrays for a model of one input, which
-                                  broadcast to one sample: one number a feature, (C, 1, 1) for one a channel, ...
+    domain = (lo, hi)             two numbers for all floating inputs; or, for a model of one input, two arrays that
+                                  broadcast to one sample: a number a feature, (C, 1, 1) for a number a channel
     domain = [(lo, hi), None]     one for each floating input of several, in order; None: not bounded
     domain = {"x": (lo, hi)}      by name, for inputs given by keyword
 
@@ -37,7 +37,7 @@ def boxes_of(domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     if isinstance(domain, Mapping):
         for name, pair in domain.items():
             if not isinstance(kwargs.get(name), Tensor):
-                raise InputError(f"domain names {name!r}, which is no keyword input: give one of {', '.join(kwargs)}")
+                raise InputError(f"domain names {name!r}, no keyword input: give one of {', '.join(kwargs)}")
             place = next(k for k, tensor in enumerate(tensors) if tensor is kwargs[name])
             boxes[place] = _box(pair, tensors[place], f"domain[{name!r}]")
         return boxes
@@ -50,7 +50,9 @@ def boxes_of(domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
             boxes[place] = _box(domain[0] if alone else domain, tensors[place], "domain")
         return boxes
     if len(domain) != len(places):
-        raise InputError(f"domain has {len(domain)} entries for {len(places)} floating inputs: give a pair for each")
+        raise InputError(
+            f"domain has {len(domain)} entries, not {len(places)}: give a pair for each floating input"
+        )
     for place, pair in zip(places, domain, strict=True):
         boxes[place] = None if pair is None else _box(pair, tensors[place], f"domain[{places.index(place)}]")
     return boxes

@@ -96,8 +96,9 @@ def verify(
     `domain`: a box (lo, hi) of inputs (see `box`): all probes lie in it, among them its corners.
 
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
-    `probes`, `probes` is empty, inputs lie outside `domain`, or an option is out of range. A narrow model that raises, or whose outputs
-    have another structure or shape, is a difference of inf with its reason, not an exception.
+    `probes`, `probes` is empty, inputs lie outside `domain`, or an option is out of range. A narrow model that
+    raises, or whose outputs have another structure or shape, is a difference of inf with its reason, not an
+    exception.
     """
     if count < 1 or ascent_steps < 0 or ascent_starts < 0 or (limit is not None and not 0 <= limit < math.inf):
         raise InputError("count must be at least 1, and ascent_steps, ascent_starts and limit at least 0")
@@ -273,6 +274,13 @@ class _Session:
         drawn = normal if family == "normal" else mean + std * normal
         return drawn if box is None else clamped(box, drawn)
 
+    def inside(self, call: Call) -> Call:
+        """The nearest point of the declared domain, if there is one."""
+        if self.boxes is None:
+            return call
+        boxes = iter(self.boxes)
+        return map_tensors(call, lambda t: t if (box := next(boxes)) is None else clamped(box, t))
+
     def _ascend(self, call: Call, steps: int) -> None:
         """Climb ||wide(x) - narrow(x)||^2 by normalised steps, |x| within its first norm; compare every x."""
 
@@ -298,10 +306,7 @@ class _Session:
                 for point, radius, slope in zip(points, radii, gradients(square, points), strict=True):
                     point += 0.3 / math.sqrt(1 + step) * radius * slope / norm(slope).clamp_min(TINY)
                     point *= (radius / norm(point).clamp_min(TINY)).clamp_max(1)
-                if self.boxes is not None:
-                    call = map_tensors(call, lambda t: t.detach())
-                    inside = iter(self.boxes)
-                    call = map_tensors(call, lambda t: t if (b := next(inside)) is None else clamped(b, t))
+                call = self.inside(map_tensors(call, lambda t: t.detach()))
         except Exception as error:
             self.notes[f"the gradient ascent stopped: {short(error)}"] = None
         self.evaluate("ascent", call)
