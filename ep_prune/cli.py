@@ -55,7 +55,7 @@ examples:
   ep-prune inspect my_net:MyNet --weights trained.pt --input 1,3,32,32 --why layer1.0.conv1
   ep-prune reduce my_net:MyNet --weights trained.pt --input 1,3,32,32 --out narrow.safetensors
   ep-prune reduce torchvision:resnet18 --weights r18.pth --tol 1e-3 --probes images.npz --report r18.json
-  ep-prune reduce my_net:Policy --weights policy.pt --input 1,2 --domain=-1.2,0.6:-0.07,0.07 --out small.safetensors
+  ep-prune reduce my_net:Policy --weights policy.pt --input 1,2 --domain=-1.2,0.6:-0.07,0.07
   ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
   ep-prune embed my_net:MyNet --weights trained.pt --input 1,3,32,32 --width layer1=96 --out wide.safetensors
   ep-prune reduce my_net:MyNet --weights wide.safetensors --input 1,3,32,32 --out back.safetensors

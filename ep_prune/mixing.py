@@ -16,8 +16,9 @@ terms that the output sums up there (without a domain: of its weights, at inputs
 
 The edit keeps all shapes. Nobody reads the s - r channels left over then, and the next selection takes them.
 
-Left out, and left alone: batch norm between the two, producers or consumers in groups, channels that several weights
-write, weights with another use, max pools; zero padding in front of a consumer where a constant t would meet it.
+Left out, and left alone: batch norm between the two, producers or consumers in groups, channels that several
+weights write, weights with another use, max pools; zero padding in front of a consumer where a constant t would
+meet it.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def _read(
     place: _Place, spots: Sequence[Tensor], ranges: Mapping[Node, tuple[Tensor, Tensor]], terms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(outputs, s) what the consumers make of each channel, at every spot and tap, and (outputs,) the size of the
-    terms that each of these may be off by a rounding of. terms (s,): how large the channels get by their weights."""
+    terms that each of these may be off by a rounding of. terms (s,): how large the channels are by their weights."""
     parts, sizes = [], []
     for demand, spot in zip(place.consumers, spots, strict=True):
         port = demand.port

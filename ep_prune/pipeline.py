@@ -93,8 +93,8 @@ def reduce(
         verify_result: compare outputs before returning (float64 and the model's type, random, given and
             adversarial probes).
         progress: show a progress bar; by default on a terminal only.
-        domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a list
-            of pairs (None: not bounded), or a dict by keyword. The promise then holds on this box, at the example's
+        domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
+            list of pairs (None: not bounded), or a dict by keyword. The promise then holds on this box, at the example's
             sizes, and no word is said of inputs outside: units that bounds prove never to bend there are folded.
 
     Raises:

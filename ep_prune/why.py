@@ -169,7 +169,8 @@ def why(
 
     Args:
         layer: a name of `named_modules()`, or of a parameter; a batch norm stands for what it normalizes.
-        model, example_inputs, tol, probes, protect, seed, domain: as for `reduce`, which is run (without verification).
+        model, example_inputs, tol, probes, protect, seed, domain: as for `reduce`, which is run,
+            without verification.
 
     Raises:
         InputError: `layer` writes no channels, or the model or the inputs cannot be used.

@@ -11,7 +11,7 @@ and each entry of A takes the line that its sign needs (Zhang et al., Efficient 
 Certification, NeurIPS 2018). Tensors that have bounds but no such step (max pools, tanh, products) end the walk
 like inputs: their own bounds are taken.
 
-Every row of the batch carries one functional: one pass bounds as many elements as the batch has rows. The rows
+Every row of the batch carries one functional: one pass bounds as many elements as there are rows. The rows
 must not mix: `are_rows_apart` says whether a graph keeps them apart.
 
 Rounding: a step off by delta, relative to the terms that it sums, changes the bound by at most

@@ -47,7 +47,7 @@ class Budget:
 class Proof:
     """Bounds of the graph's nodes on the whole box, with one row (1, ...); None where there are none.
 
-    pieces: how many pieces of the box it took. open: claims on ReLU inputs that no point refutes, and no bound proves.
+    pieces: how many pieces of the box it took. open: claims on ReLU inputs that no point refutes and no bound proves.
     """
 
     bounds: Mapping[Node, Found]
@@ -103,7 +103,7 @@ class _Prover:
     def _forward(
         self, pieces: Mapping[Node, Box], wanted: Mapping[Node, Tensor] | None, whole: bool = False
     ) -> dict[Node, Found]:
-        """Bounds of all nodes on up to R pieces, (P, ...). wanted: ReLU node -> (P, ...) inputs worth tightening."""
+        """Bounds of all nodes on up to R pieces, (P, ...). wanted: ReLU node -> (P, ...) what is worth tightening."""
         size = len(next(iter(pieces.values()))[0]) if pieces and not whole else 1
         found: dict[Node, Found] = {}
         rows = Rows(self.graph, self.kinds, found, self.count)
@@ -168,7 +168,7 @@ class _Prover:
     # ---- pieces ---------------------------------------------------------------------------------------
 
     def _split(self, pieces: dict[Node, Box], found: dict[Node, Found]) -> tuple[dict[Node, Found], int, int]:
-        """Halve the box until every claim that the points allow is proved on each piece, or the budget is spent."""
+        """Halve the box until each claim that the points allow is proved on each piece, or the budget is spent."""
         inputs = {node: op.x for node in self.bending if isinstance(op := self.kinds[node], Pointwise)}
         inputs = {node: x for node, x in inputs.items() if isinstance(found.get(x), Bounds)}
         claims = {node: self._claims(found[x]) for node, x in inputs.items()}

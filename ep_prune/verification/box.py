@@ -1,7 +1,7 @@
 """A declared domain: a box of inputs, and whether inputs lie in it.
 
-    domain = (lo, hi)             two numbers for all floating inputs; or, for a model of one input, two arrays that
-                                  broadcast to one sample: a number a feature, (C, 1, 1) for a number a channel
+    domain = (lo, hi)             two numbers for all floating inputs; or, for a model of one input, two arrays
+                                  that broadcast to one sample: (F,) by feature, (C, 1, 1) by channel
     domain = [(lo, hi), None]     one for each floating input of several, in order; None: not bounded
     domain = {"x": (lo, hi)}      by name, for inputs given by keyword
 
