@@ -206,7 +206,8 @@ def _read(
     place: _Place, spots: Sequence[Tensor], ranges: Mapping[Node, tuple[Tensor, Tensor]], terms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(outputs, s) what the consumers make of each channel, at every spot and tap, and (outputs,) the size of the
-    terms that each of these may be off by a rounding of. terms (s,): how large the channels are by their weights."""
+    terms that each of these may be off by a rounding of. terms (s,): how large the channels are by their
+    weights."""
     parts, sizes = [], []
     for demand, spot in zip(place.consumers, spots, strict=True):
         port = demand.port

@@ -1,4 +1,4 @@
-"""Declared domains: what bounds prove on a box is folded, what bends in a corner of it stays; bad boxes are errors."""
+"""Declared domains: what bounds prove on a box is folded, what bends in a corner stays, bad boxes are errors."""
 
 from __future__ import annotations
 
@@ -131,8 +131,9 @@ def test_deeper_claims_need_backward_bounds() -> None:
 
 def nets() -> list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     conv = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 5, 3), nn.LeakyReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3), nn.SiLU(),
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 5, 3),
+        nn.LeakyReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.GELU(),
+        nn.Linear(4, 3), nn.SiLU(),
     )  # fmt: skip
 
     class Residual(nn.Module):

@@ -15,7 +15,7 @@ Every row of the batch carries one functional: one pass bounds as many elements 
 must not mix: `are_rows_apart` says whether a graph keeps them apart.
 
 Rounding: a step off by delta, relative to the terms that it sums, changes the bound by at most
-delta <|A|, size>, `size` being the magnitude of the terms at y (`interval.Bounds`). These are added up and taken off.
+delta <|A|, size>, `size` being the magnitude of the terms at y (`Bounds`). They are added up and taken off.
 """
 
 from __future__ import annotations

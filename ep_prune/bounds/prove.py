@@ -47,7 +47,7 @@ class Budget:
 class Proof:
     """Bounds of the graph's nodes on the whole box, with one row (1, ...); None where there are none.
 
-    pieces: how many pieces of the box it took. open: claims on ReLU inputs that no point refutes and no bound proves.
+    pieces: how many pieces of the box it took. open: claims that no point refutes and no bound proves.
     """
 
     bounds: Mapping[Node, Found]
@@ -103,7 +103,7 @@ class _Prover:
     def _forward(
         self, pieces: Mapping[Node, Box], wanted: Mapping[Node, Tensor] | None, whole: bool = False
     ) -> dict[Node, Found]:
-        """Bounds of all nodes on up to R pieces, (P, ...). wanted: ReLU node -> (P, ...) what is worth tightening."""
+        """Bounds of all nodes on P <= R pieces, (P, ...). wanted: ReLU node -> (P, ...) what is worth tightening."""
         size = len(next(iter(pieces.values()))[0]) if pieces and not whole else 1
         found: dict[Node, Found] = {}
         rows = Rows(self.graph, self.kinds, found, self.count)
