@@ -3,11 +3,12 @@
     python -m benchmarks.domain [--only NAME ...] [--out bench-out/]
 
 The networks of the test material (`tests/zoo.py` says where the folder is): LEO++'s MLPs on pixels in [0, 1], the
-verification networks on images of pixels in [0, 1] in their own normalisation, and two policies on the boxes of their
-observations. For each: widths without and with the declared domain, parameters, seconds, the change of the outputs on
-real inputs and on random ones in the box (float64, absolute) beside what float32 rounding does to the wide network,
-and whether every decision on the real inputs is the same. Written to `domain.json` and `domain.md` in `--out`. Exit
-code 1 if a change exceeds the rounding by more than 16 times, or a decision differs.
+verification networks on images of pixels in [0, 1] in their own normalisation, and two policies on the boxes of
+their observations. For each: widths without and with the declared domain, parameters, seconds, the change of the
+outputs on real inputs and on random ones in the box (float64, absolute) beside what float32 rounding does to the
+wide network, and the share of equal decisions (argmax) on the real inputs, where there are several outputs.
+Written to `domain.json` and `domain.md` in `--out`. Exit code 1 if a change exceeds the rounding by more than 16
+times, or a decision differs.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def table(rows: list[Row]) -> str:
         widths = ["/".join(map(str, part)) for part in (row.before, row.without, row.after)]
         count = f"{row.parameters_before:,} -> {row.parameters_after:,}"
         lines.append(
-            f"| {row.name} | {row.domain} | {' | '.join(widths)} | {count} | {row.seconds:.1f} | {row.change:.1e} | "
-            f"{row.rounding:.1e} | {row.decisions:.1%} |"
+            f"| {row.name} | {row.domain} | {' | '.join(widths)} | {count} | {row.seconds:.1f} | "
+            f"{row.change:.1e} | {row.rounding:.1e} | {row.decisions:.1%} |"
         )
     return "\n".join(lines)
 

@@ -94,8 +94,8 @@ def reduce(
             adversarial probes).
         progress: show a progress bar; by default on a terminal only.
         domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
-            list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there are
-            folded. The promise holds on this box, at the example's sizes, and says nothing of inputs outside.
+            list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
+            are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.

@@ -103,7 +103,7 @@ class _Prover:
     def _forward(
         self, pieces: Mapping[Node, Box], wanted: Mapping[Node, Tensor] | None, whole: bool = False
     ) -> dict[Node, Found]:
-        """Bounds of all nodes on P <= R pieces, (P, ...). wanted: ReLU node -> (P, ...) what is worth tightening."""
+        """Bounds of all nodes on P <= R pieces, (P, ...). wanted: ReLU node -> (P, ...) what to tighten."""
         size = len(next(iter(pieces.values()))[0]) if pieces and not whole else 1
         found: dict[Node, Found] = {}
         rows = Rows(self.graph, self.kinds, found, self.count)
