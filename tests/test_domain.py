@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zoo import needs_data
 
 import ep_prune as ep
 from ep_prune.bounds import Bounds, Budget, prove
+from ep_prune.cli import main
 from ep_prune.trace import trace
 
 
@@ -384,3 +386,37 @@ def test_mountaincar_policy_is_proved_on_its_whole_box() -> None:
     assert first <= 114 and second <= 23
     with torch.no_grad():
         assert torch.equal(net(states).argmax(1), result.model(states).argmax(1))
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+
+def policy() -> nn.Module:
+    """A factory for the command line: three of eight units are off on the box of its test."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+    net[0].weight.data[:, 0].abs_()
+    net[0].weight.data[:, 1].abs_().neg_()
+    net[0].bias.data[:] = 0.0
+    net[0].bias.data[:3] = -20.0
+    return net
+
+
+def test_the_command_line_declares_and_remembers_a_domain(tmp_path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = tmp_path / "narrow.safetensors"
+    model = ["test_domain:policy", "--input", "1,2"]
+    assert main(["reduce", *model, "--domain=-1,1:-0.5,0.5", "--out", str(path)]) == 0
+    assert "8 -> 5" in (said := capsys.readouterr().out) and "[-1, 1] x [-0.5, 0.5]" in said
+    assert main(["verify", model[0], str(path), *model[1:]]) == 0, "inside the domain that the file holds"
+    assert main(["verify", model[0], str(path), *model[1:], "--domain=-99,99"]) == 1
+    assert main(["inspect", *model, "--domain=-1,1", "--why", "0"]) == 0
+    assert "on the declared domain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1", "a,b", "0,1,2", "0,1:0,1:0,1", "1,0", "nan,1"])
+def test_a_bad_box_on_the_command_line_is_wrong_use(text, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert main(["reduce", "test_domain:policy", "--input", "1,2", f"--domain={text}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ep-prune: ") and error.count("\n") == 1
