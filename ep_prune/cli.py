@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import ep_prune
 from ep_prune.cli_embed import add_options, run_embed
 from ep_prune.cli_files import check_targets, publish, write_text
-from ep_prune.cli_models import given
+from ep_prune.cli_models import domain_of, given, given_inside, moved_inside
 from ep_prune.demo_model import digits_data, load_digits_net
 from ep_prune.errors import EpPruneError, InputError, VerificationError
 from ep_prune.pipeline import Result, reduce
@@ -55,6 +55,7 @@ examples:
   ep-prune inspect my_net:MyNet --weights trained.pt --input 1,3,32,32 --why layer1.0.conv1
   ep-prune reduce my_net:MyNet --weights trained.pt --input 1,3,32,32 --out narrow.safetensors
   ep-prune reduce torchvision:resnet18 --weights r18.pth --tol 1e-3 --probes images.npz --report r18.json
+  ep-prune reduce my_net:Policy --weights policy.pt --input 1,2 --domain=-1.2,0.6:-0.07,0.07
   ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
   ep-prune embed my_net:MyNet --weights trained.pt --input 1,3,32,32 --width layer1=96 --out wide.safetensors
   ep-prune reduce my_net:MyNet --weights wide.safetensors --input 1,3,32,32 --out back.safetensors
@@ -101,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     for added in (reducing, inspecting, verifying, embedding):
         _model_options(added)
     for added in (reducing, inspecting, verifying):
+        added.add_argument(
+            "--domain", metavar="LO,HI[:LO,HI...]",
+            help="declared box of inputs, on which alone the result is the same: --domain=0,1 for every number of "
+            "every input, or a pair for each feature (channel, of images), as --domain=-1.2,0.6:-0.07,0.07; "
+            "verify takes the one in the file",
+        )  # fmt: skip
         added.add_argument(
             "--tol", type=float, default=0.0,
             help="accepted relative change of any output on the probes, in float64 (default 0: exact)",
@@ -182,7 +189,7 @@ def _reduce(options: argparse.Namespace) -> int:
     check_targets(targets, options.force)
     if options.plot is not None:
         _check_plot(options.plot)
-    result = _run(options, *given(options))
+    result = _run(options, *given_inside(options))
     writers: dict[Path, Callable[[Path], None]] = {}
     if options.out is not None:
         writers[options.out] = lambda path: save(result, path)
@@ -198,7 +205,7 @@ def _reduce(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    model, inputs, probes = given(options)
+    model, inputs, probes = given_inside(options)
     result = _run(options, model, inputs, probes, verify_result=False)
     whys = [explain(result, inputs, layer) for layer in options.why]
     if options.json:
@@ -221,7 +228,14 @@ def _run(
     **more: Any,
 ) -> Result:
     return reduce(
-        model, inputs, tol=options.tol, probes=probes, protect=options.protect, seed=options.seed, **more
+        model,
+        inputs,
+        tol=options.tol,
+        probes=probes,
+        protect=options.protect,
+        seed=options.seed,
+        domain=domain_of(options.domain, inputs),
+        **more,
     )
 
 
@@ -232,8 +246,11 @@ def _verify(options: argparse.Namespace) -> int:
     narrow, plan = _narrow(wide, options.narrow)
     if plan.fingerprint != fingerprint(prepare(wide)[0].state_dict()):
         print(f"note: {options.narrow} was made from other weights, or another type, than these")
+    domain = plan.domain if options.domain is None else domain_of(options.domain, inputs)
+    if domain is not None:
+        inputs = moved_inside(inputs, domain, options.seed)
     if options.tol == 0:
-        checked = verify(wide, narrow, inputs, probes=probes, seed=options.seed)
+        checked = verify(wide, narrow, inputs, probes=probes, seed=options.seed, domain=domain)
     else:  # the promise of a bounded reduction is one about its own probes
         promised = probes if probes is not None else synthetic_probes(prepare(wide)[0], inputs, options.seed)
         checked = verify(
@@ -244,6 +261,7 @@ def _verify(options: argparse.Namespace) -> int:
             seed=options.seed,
             limit=options.tol,
             judged=("example", "user"),
+            domain=domain,
         )
         checked = replace(checked, synthetic=probes is None)
     print(checked)

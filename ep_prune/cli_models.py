@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ep_prune.errors import EpPruneError, InputError
 from ep_prune.storage import holds_plan, load
+from ep_prune.verification import boxes_of, draw
 
 DEFAULT_SHAPE = "1,3,224,224"
 """Of torchvision's and timm's models, where --input is not given."""
@@ -56,6 +57,50 @@ def given(
     if options.double:
         inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
     return model, inputs, None if options.probes is None else load_probes(options.probes, inputs)
+
+
+def given_inside(
+    options: argparse.Namespace,
+) -> tuple[nn.Module, tuple[Tensor, ...], list[tuple[Tensor, ...]] | None]:
+    """As `given`; the example inputs lie in the declared domain, if there is one."""
+    model, inputs, probes = given(options)
+    domain = domain_of(options.domain, inputs)
+    return model, inputs if domain is None else moved_inside(inputs, domain, options.seed), probes
+
+
+def domain_of(text: str | None, inputs: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
+    """The domain of --domain: a pair of numbers, or of one number for each feature (each channel, of images)."""
+    if text is None:
+        return None
+    try:
+        pairs = [tuple(float(end) for end in pair.split(",")) for pair in text.split(":")]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InputError(
+            f"--domain {text!r} is no box: write LO,HI as in --domain=0,1, or LO,HI:LO,HI:... by feature"
+        )
+    if len(pairs) == 1:
+        return pairs[0][0], pairs[0][1]
+    floating = [value for value in inputs if value.is_floating_point()]
+    if len(floating) != 1 or floating[0].ndim < 2 or floating[0].shape[1] != len(pairs):
+        wanted = floating[0].shape[1] if len(floating) == 1 and floating[0].ndim > 1 else 1
+        raise InputError(
+            f"--domain has {len(pairs)} pairs, and the model takes {wanted}: give one for each feature"
+        )
+    shape = (-1, *[1] * (floating[0].ndim - 2))
+    low, high = (torch.tensor(ends, dtype=torch.float64).reshape(shape) for ends in zip(*pairs, strict=True))
+    return low, high
+
+
+def moved_inside(inputs: tuple[Tensor, ...], domain: Any, seed: int) -> tuple[Tensor, ...]:
+    """Seeded inputs of the same shapes in the domain."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = boxes_of(domain, inputs, {})
+    return tuple(
+        value if box is None else draw(box, "uniform", value.shape, generator).to(value)
+        for value, box in zip(inputs, boxes, strict=True)
+    )
 
 
 def _resized(made: nn.Module, path: Path) -> nn.Module:

@@ -1,8 +1,9 @@
 """The one object: how wide channels are made of narrow ones, x = T z + t, and the edits that follow from it.
 
 A `ChannelEmbedding` stands at one program point. Where the point is *consumed* by a weight, the narrow weight is
-W T and the bias gains W t (`Fold`); where it is *produced* the kept rows are taken as they are (`Cut`). A plan
-is a sequence of rounds of such edits, stated on parameters by name, and so applies to any copy of the model.
+W T and the bias gains W t (`Fold`); where it is *produced* the kept rows are taken as they are (`Cut`). Where
+nothing bends between the two, T may be dense: the narrow channels are then mixtures of the wide ones (`Mix`). A
+plan is a sequence of rounds of such edits, stated on parameters by name, and so applies to any copy of the model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class ChannelEmbedding:
 
     def fold(self, weight: Tensor) -> Tensor:
         """T' W for a weight (n, m) by input position: (k, m), in float64."""
+        if len(self.values) > 4 * (self.n + self.k):  # a dense block: entry by entry would copy the weight often
+            return self.T.T @ weight.double()
         folded = torch.zeros(self.k, weight.shape[1], dtype=torch.float64)
         return folded.index_add_(0, self.narrow, weight.double()[self.wide] * self.values.unsqueeze(1))
 
@@ -75,11 +78,29 @@ class Cut:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """A weight that produces: of its outputs `rows` (s,) the first r become L times all s, the others are unread.
+
+    mixing (r, s): L, float64. offset (r,): their biases, in `bias`, or in a new one where `new_bias` names the
+    module; None where there is none. The shapes stay. With it go the `Fold`s of the weights that consume.
+    """
+
+    weight: str
+    layout: Layout
+    rows: Tensor
+    mixing: Tensor
+    offset: Tensor
+    bias: str | None = None
+    new_bias: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Round:
-    """Edits that apply to one state of the model."""
+    """Edits that apply to one state of the model. Mixes go first."""
 
     folds: tuple[Fold, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    mixes: tuple[Mix, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.folds or self.cuts)
+        return bool(self.folds or self.cuts or self.mixes)

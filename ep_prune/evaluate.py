@@ -82,7 +82,7 @@ def evaluate(
             tensor = replace.get(node.tensor)
             values[node] = _in_float64(graph.tensors[node.tensor] if tensor is None else tensor, device)
             continue
-        values[node] = _called(node, values, device)
+        values[node] = call(node, values, device)
         if node in shift:
             vector, axis = shift[node]
             values[node] = values[node] + vector.reshape(
@@ -107,7 +107,8 @@ def boundary(graph: Graph, changed: Iterable[Node], replaced: Iterable[str] = ()
     return tuple(edge)
 
 
-def _called(node: Node, values: Mapping[Node, Any], device: torch.device) -> Any:
+def call(node: Node, values: Mapping[Node, Any], device: torch.device) -> Any:
+    """One node's operator on the values of its operands, in float64. Raises `InputError` where it does not run."""
     if node.op in _CHECKS:
         return None
     if node.target is None:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
-from ep_prune.numbering import number_channels
+from ep_prune.mixing import mixtures
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
@@ -38,14 +39,24 @@ from ep_prune.trial import (
     read_in_training,
     roll_back,
 )
-from ep_prune.verification import Verification, verify
+from ep_prune.verification import (
+    Box,
+    Verification,
+    boxes_of,
+    check_inside,
+    described,
+    draw,
+    plain,
+    verify,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """What `reduce` returns: the narrow model, what was done, and the proof that it is the same function.
 
-    frozen: (parameter, axis) -> why it was kept whole: protected, rolled back, read in training.
+    frozen: (parameter, axis) -> why it was kept whole: protected, rolled back, read in training. On a declared
+    domain the promise holds there alone (`report.domain`, `plan.domain`).
     """
 
     model: nn.Module
@@ -53,6 +64,7 @@ class Result:
     report: Report
     verification: Verification
     frozen: Mapping[Axis, str] = field(default_factory=dict, repr=False)
+    boxes: Sequence[Box | None] | None = field(default=None, repr=False)
 
 
 def reduce(
@@ -65,6 +77,7 @@ def reduce(
     seed: int = 0,
     verify_result: bool = True,
     progress: bool | None = None,
+    domain: Any = None,
 ) -> Result:
     """The narrowest equivalent of a trained model that the algebra finds, verified.
 
@@ -80,6 +93,9 @@ def reduce(
         verify_result: compare outputs before returning (float64 and the model's type, random, given and
             adversarial probes).
         progress: show a progress bar; by default on a terminal only.
+        domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
+            list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
+            are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
@@ -92,9 +108,10 @@ def reduce(
         wide, notes = prepare(model)
         run(wide, example_inputs)
         given = _listed(probes, example_inputs)
+        boxes = None if domain is None else _declared(domain, example_inputs, given)
         bar = tqdm(total=None, desc="reduce", disable=None if progress is None else not progress, leave=False)
         with bar:
-            state = _start(wide, example_inputs, given, tol, seed)
+            state = _start(wide, example_inputs, given, tol, seed, boxes)
             before = cost(wide, example_inputs)
             state.frozen = _protected(state.graph, protect)
             _freeze_unseen_readers(state, example_inputs)
@@ -104,7 +121,8 @@ def reduce(
                 _bounded_round(state, records, example_inputs, tol, bar)
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
-            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes))
+            stated = None if domain is None else plain(domain)
+            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes), stated)
             checked = verify(
                 wide,
                 state.model,
@@ -116,6 +134,7 @@ def reduce(
                 count=16,
                 ascent_steps=8 if verify_result else 0,
                 reach=verify_result,
+                domain=domain,
             )
             if verify_result:
                 checked.raise_if_different()
@@ -130,9 +149,10 @@ def reduce(
             untraced=state.graph.untraced,
             notes=tuple(notes),
             verification=checked,
+            domain="" if domain is None else described(boxes or []),
         )
         narrow = with_modes_of(model, state.model)
-    return Result(narrow, plan, report, checked, state.frozen)
+    return Result(narrow, plan, report, checked, state.frozen, boxes)
 
 
 def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
@@ -142,7 +162,7 @@ def reduce_(model: nn.Module, example_inputs: Any, **options: Any) -> Result:
         raise InputError(f"cannot work in place on a wrapped or parametrized model ({result.report.notes[0]})")
     for step in result.plan.rounds:
         apply_round_(model, step)
-    return Result(model, result.plan, result.report, result.verification, result.frozen)
+    return Result(model, result.plan, result.report, result.verification, result.frozen, result.boxes)
 
 
 def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | None:
@@ -158,16 +178,56 @@ def _listed(probes: Iterable[Any] | None, example_inputs: Any) -> list[Any] | No
     return batches
 
 
-def _start(wide: nn.Module, example_inputs: Any, given: list[Any] | None, tol: float, seed: int) -> State:
+def _declared(domain: Any, example_inputs: Any, given: Sequence[Any] | None) -> list[Box | None]:
+    """The boxes of a domain, once the example and the user's probes are seen to lie in them."""
+    call = as_arguments(example_inputs)
+    boxes = boxes_of(domain, *call)
+    check_inside(boxes, call, "the example")
+    for batch in given or ():
+        check_inside(boxes, as_arguments(batch), "a batch of the probes")
+    return boxes
+
+
+def _inside(example_inputs: Any, boxes: Sequence[Box | None], seed: int) -> list[Any]:
+    """Two batches like the example in the declared domain: anywhere, and corners."""
+    call = as_arguments(example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for family in ("uniform", "corners"):
+        left = iter(boxes)
+
+        def drawn(leaf: Any, left: Any = left, family: str = family) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            box = next(left)
+            return leaf if box is None else draw(box, family, leaf.shape, generator).to(leaf)
+
+        args, kwargs = pytree.tree_map(drawn, call)
+        batches.append(kwargs if kwargs else args)
+    return batches
+
+
+def _start(
+    wide: nn.Module,
+    example_inputs: Any,
+    given: list[Any] | None,
+    tol: float,
+    seed: int,
+    boxes: list[Box | None] | None,
+) -> State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
+    inside = [] if boxes is None else _inside(example_inputs, boxes, seed)
+    if given is None and boxes is not None and tol > 0:
+        promised = inside
     reference = []
     double = copy.deepcopy(wide).double()
-    for batch in [example_inputs, *(promised if tol > 0 else [])]:
+    for batch in [example_inputs, *inside, *(promised if tol > 0 else [])]:
         inputs = as_double(batch)
         reference.append((inputs, outputs_of(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
-    return State(wide, trace(wide, example_inputs), reference, limit, given is not None, promised)
+    graph = trace(wide, example_inputs)
+    return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
 
 
 def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -188,12 +248,36 @@ def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
     while True:
-        bar.set_postfix_str(f"round {len(state.rounds) + 1}")
-        bar.update()
-        numbering = number_channels(state.graph)
-        chosen = select(numbering, frozen_slots(numbering, state.frozen))
-        if not _settle(state, records, chosen, to_round(chosen), example_inputs):
+        while True:
+            bar.set_postfix_str(f"round {len(state.rounds) + 1}")
+            bar.update()
+            numbering = state.number()
+            chosen = select(numbering, frozen_slots(numbering, state.frozen))
+            if not _settle(state, records, chosen, to_round(chosen), example_inputs):
+                break
+        if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+    """Fold one layer's straight channels to their rank; the rounds after it drop those that are left over."""
+    if records.mixed is not None:  # what was folded last: did the rounds since then take what it left?
+        last, width = records.mixed
+        if state.graph.tensors[last[0]].shape[last[1]] >= width:
+            state.frozen[last] = "folded to its rank, and its channels are needed elsewhere"
+    while True:
+        found = mixtures(state.graph, state.ranges(), state.frozen)
+        if found is None:
+            return False
+        axis = found.weight, found.axis
+        outcome = attempt_round(state, found.step, example_inputs)
+        if not isinstance(outcome, str):
+            records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
+            records.left[axis] = found.left
+            state.model, state.graph = outcome
+            state.rounds.append(found.step)
+            return True
+        state.frozen[axis] = f"rolled back: {outcome}"
 
 
 def _settle(state: State, records: _Records, chosen: Selection, step: Round, example_inputs: Any) -> bool:
@@ -216,11 +300,16 @@ class _Records:
 
     spaces: dict[str, SpaceRecord] = field(default_factory=dict)
     barriers: dict[str, str] = field(default_factory=dict)
+    mixed: tuple[Axis, int] | None = None
+    """The axis that was folded to its rank last, and how wide it was."""
+    left: dict[Axis, Tensor] = field(default_factory=dict)
+    """By axis, the channels that the last fold left unread: they are linear, not null."""
 
     def add(self, chosen: Selection, frozen: Mapping[Axis, str]) -> None:
         """Bring the records up to date with one more round."""
         self.barriers.update(chosen.numbering.barriers)
-        for space in spaces(chosen):
+        left, self.left = self.left, {}
+        for space in spaces(chosen, left):
             stayed = dict(space.stayed)
             reasons = {frozen[axis] for axis in space.axes if axis in frozen}
             if reasons and "rolled back or protected" in stayed:
@@ -244,7 +333,7 @@ def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: fl
     def attempt(threshold: float) -> tuple[Selection, Round] | None:
         bar.set_postfix_str(f"threshold {threshold:.1e}")
         bar.update()
-        numbering = number_channels(state.graph, threshold)
+        numbering = state.number(threshold)
         chosen = select(numbering, frozen_slots(numbering, state.frozen))
         step = to_round(chosen)
         kept = int(chosen.kept.sum())

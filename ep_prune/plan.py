@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Mix, Round
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
 from ep_prune.rewrite import apply_round_
@@ -30,6 +30,8 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     fingerprint: str = ""
     notes: tuple[str, ...] = field(default=())
+    domain: Any = None
+    """The box (lo, hi) of inputs on which the narrow model is the same, as nested lists; None: everywhere."""
 
     def apply(self, model: nn.Module, *, recheck: Any = None) -> nn.Module:
         """A narrow copy of a fresh wide model, which is not changed.
@@ -48,7 +50,7 @@ class Plan:
         for step in self.rounds:
             apply_round_(narrow, step)
         if not own:
-            verify(wide, narrow, recheck).raise_if_different()
+            verify(wide, narrow, recheck, domain=self.domain).raise_if_different()
         return with_modes_of(model, narrow)
 
     def save(self, path: str | Path) -> None:
@@ -97,10 +99,21 @@ class Plan:
                     for fold in step.folds
                 ],
                 "cuts": [[cut.tensor, cut.axis, keep(cut.keep), cut.width] for cut in step.cuts],
+                "mixes": [
+                    {
+                        "weight": mix.weight,
+                        "layout": [mix.layout.groups, mix.layout.inputs_first, len(mix.layout.interior)],
+                        **{key: keep(getattr(mix, key)) for key in ("rows", "mixing", "offset")},
+                        **{key: getattr(mix, key) for key in ("bias", "new_bias")},
+                    }
+                    for mix in step.mixes
+                ],
             }
             for step in self.rounds
         ]
         header = {"version": 2, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        if self.domain is not None:
+            header["domain"] = self.domain
         return tensors, json.dumps(header)
 
     @staticmethod
@@ -126,14 +139,21 @@ class Plan:
                 item["new_bias"],
             )
 
+        def mix(item: dict[str, Any]) -> Mix:
+            groups, inputs_first, taps = item["layout"]
+            rows, mixing, offset = (tensors[item[key]] for key in ("rows", "mixing", "offset"))
+            layout = Layout(groups, inputs_first, interior=(True,) * taps)
+            return Mix(item["weight"], layout, rows, mixing, offset, item["bias"], item["new_bias"])
+
         rounds = tuple(
             Round(
                 tuple(fold(item) for item in step["folds"]),
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
+                tuple(mix(item) for item in step.get("mixes", ())),
             )
             for step in data["rounds"]
         )
-        return Plan(rounds, data["fingerprint"], tuple(data["notes"]))
+        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from ep_prune.cost import Cost
 from ep_prune.errors import EpPruneError
 from ep_prune.verification import Verification
 
-KINDS = ("null", "constant", "split", "scaled", "flipped")
+KINDS = ("null", "constant", "split", "scaled", "flipped", "linear")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class SpaceRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a reduction. `grade` is "exact" or "bounded"; `barriers`: place in the model -> reason."""
+    """The outcome of a reduction. `grade` is "exact" or "bounded"; `barriers`: place in the model -> reason.
+
+    domain: the box on which the promise holds, "" where it holds everywhere.
+    """
 
     spaces: tuple[SpaceRecord, ...]
     before: Cost
@@ -38,12 +41,14 @@ class Report:
     untraced: tuple[str, ...]
     notes: tuple[str, ...]
     verification: Verification
+    domain: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, ready for JSON."""
         return {
             "grade": self.grade,
             "tol": self.tol,
+            "domain": self.domain,
             "parameters_before": self.before.parameters,
             "parameters_after": self.after.parameters,
             "macs_before": self.before.macs,
@@ -83,7 +88,9 @@ class Report:
             "",
             f"parameters  {_change(self.before.parameters, self.after.parameters)}",
             f"MACs        {_change(self.before.macs, self.after.macs)}",
-            f"grade       {self.grade}" + (f", tol {self.tol:g}" if self.tol else ""),
+            f"grade       {self.grade}"
+            + (f", tol {self.tol:g}" if self.tol else "")
+            + (f", on the declared domain {self.domain}" if self.domain else ""),
         ]
         lines += [f"note        {note}" for note in self.notes]
         for title, entries in (("barrier", self.barriers.items()), ("untraced", [(n, "") for n in self.untraced])):

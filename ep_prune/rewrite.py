@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_prune.embedding import Fold, Round
+from ep_prune.embedding import Fold, Mix, Round
 from ep_prune.errors import PlanError
 
 
 def apply_round_(model: nn.Module, step: Round) -> None:
-    """Apply one round in place: folds first (they read the wide outputs' biases), then cuts."""
+    """Apply one round in place: mixes, folds (they read the wide outputs' biases), then cuts."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -29,6 +29,17 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         return (new[name] if name in new else tensors[name]).detach()
 
     created: list[tuple[str, Tensor]] = []
+    for mix in step.mixes:
+        new[mix.weight] = mixed(mix, current(mix.weight))
+        if mix.bias is not None:
+            bias = current(mix.bias).clone()
+            bias[mix.rows[: len(mix.offset)].to(bias.device)] = mix.offset.to(bias)
+            new[mix.bias] = bias
+        elif mix.new_bias is not None:
+            weight = new[mix.weight]
+            bias = torch.zeros(mix.layout.canonical(weight).shape[1], dtype=torch.float64)
+            bias[mix.rows[: len(mix.offset)]] = mix.offset
+            created.append((mix.new_bias, bias.to(weight)))
     for fold in step.folds:
         weight, sent = _folded(fold, current(fold.weight))
         if fold.bias is not None:
@@ -50,6 +61,16 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         module = model.get_submodule(path)
         trained = module.get_parameter("weight").requires_grad
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
+
+
+def mixed(mix: Mix, weight: Tensor) -> Tensor:
+    """The producing weight with its first rows replaced, in its own type."""
+    wide = mix.layout.canonical(weight.detach().to("cpu", torch.float64))[0].clone()
+    count, size = mix.mixing.shape
+    if int(mix.rows.max()) >= len(wide):
+        raise PlanError(f"{mix.weight!r} has shape {tuple(weight.shape)}: the plan belongs to another model")
+    wide[mix.rows[:count]] = (mix.mixing @ wide[mix.rows].reshape(size, -1)).reshape(count, *wide.shape[1:])
+    return mix.layout.original(wide.unsqueeze(0), tuple(weight.shape[2:])).to(weight).contiguous()
 
 
 def _folded(fold: Fold, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ norm, or a residual stream with all the branches that add to it. It goes by the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ep_prune.selection import STAYED, Selection
 
 @dataclass(frozen=True)
 class Space:
-    """One space, before and after. `gone`: null, constant, split, scaled, flipped; `stayed`: reason -> count."""
+    """One space, before and after. `gone`: by one of `KINDS`; `stayed`: reason -> count."""
 
     name: str
     producers: tuple[str, ...]
@@ -27,11 +28,14 @@ class Space:
     stayed: dict[str, int]
 
 
-KINDS = ("null", "constant", "split", "scaled", "flipped")
+KINDS = ("null", "constant", "split", "scaled", "flipped", "linear")
 
 
-def spaces(chosen: Selection) -> list[Space]:
-    """All spaces that a selection covers, in the order of their first layers."""
+def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = None) -> list[Space]:
+    """All spaces that a selection covers, in the order of their first layers.
+
+    linear: axis -> the channels that a fold to the rank has left unread.
+    """
     n, roots = chosen.numbering, chosen.roots
     axes = _producing_axes(chosen)
     space = torch.full((n.slots.count,), -1, dtype=torch.int64)
@@ -60,6 +64,9 @@ def spaces(chosen: Selection) -> list[Space]:
     home = torch.tensor([find(k) for k in range(len(merged))] or [0])
     space = torch.where(space >= 0, home[space.clamp_min(0)], -1)
     kinds = _kinds(chosen)
+    for axis, left in (linear or {}).items():
+        if axis in n.slots.bound:
+            kinds[roots[n.slots.bound[axis][left]]] = KINDS.index("linear")
     reasons = chosen.numbering.slots.reasons(roots)
     result = []
     for head in sorted({find(k) for k in range(len(merged))}):

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ep_prune.bounds import Bounds, prove
 from ep_prune.embedding import Round
 from ep_prune.errors import EpPruneError, InputError, VerificationError
-from ep_prune.graph import Graph
+from ep_prune.graph import Graph, Node
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
 from ep_prune.spaces import Space, spaces
-from ep_prune.trace import run, trace
-from ep_prune.verification import InFloat64
+from ep_prune.trace import as_arguments, run, trace
+from ep_prune.verification import Box, InFloat64
 
 Axis = tuple[str, int]
 
@@ -43,6 +44,44 @@ class State:
     """The probes that `tol` is a promise about: the user's, or synthetic ones."""
     frozen: dict[Axis, str] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+    example: Any = None
+    boxes: list[Box | None] | None = None
+    """The declared box of every tensor among the inputs; None: no domain is declared."""
+    _ranges: dict[int, tuple[Graph, dict[Node, tuple[Tensor, Tensor]]]] = field(default_factory=dict)
+
+    def ranges(self) -> dict[Node, tuple[Tensor, Tensor]]:
+        """Between what the elements of each node lie on the declared domain; empty without one."""
+        if self.boxes is None:
+            return {}
+        known = self._ranges.get(0)
+        if known is None or known[0] is not self.graph:
+            found = ranges_of(self.model, self.graph, self.example, self.boxes)
+            known = self._ranges[0] = self.graph, found
+        return known[1]
+
+    def number(self, tolerance: float = 0.0) -> Numbering:
+        """The numbering of the model as it is, on the declared domain."""
+        return number_channels(self.graph, tolerance, ranges=self.ranges())
+
+
+def ranges_of(
+    model: nn.Module, graph: Graph, inputs: Any, boxes: Sequence[Box | None] | None
+) -> dict[Node, tuple[Tensor, Tensor]]:
+    """Between what the elements of each computed node lie on a declared domain; empty without one (None)."""
+    if boxes is None:
+        return {}
+    proof = prove(model, graph, inputs, placed(graph, inputs, boxes))
+    return {n: (b.low, b.high) for n, b in proof.bounds.items() if isinstance(b, Bounds) and n.tensor is None}
+
+
+def placed(graph: Graph, inputs: Any, boxes: Sequence[Box | None]) -> list[Box | None]:
+    """Boxes of the inputs' tensors, in the order of the graph's placeholders."""
+    args, kwargs = as_arguments(inputs)
+    nodes = [n for n in graph.nodes if n.op == "placeholder" and n.tensor is None and n.shape is not None]
+    if kwargs and not args and all(node.name in kwargs for node in nodes):
+        by_name = dict(zip(kwargs, boxes, strict=False))
+        return [by_name[node.name] for node in nodes]
+    return list(boxes)
 
 
 def as_double(inputs: Any) -> Any:

@@ -34,7 +34,7 @@ from ep_prune.pipeline import Result, reduce
 from ep_prune.selection import STAYED, Selection, select
 from ep_prune.spaces import Space, spaces
 from ep_prune.trace import random_state_kept, trace
-from ep_prune.trial import frozen_slots
+from ep_prune.trial import frozen_slots, ranges_of
 
 TOLD_APART = ("distinct and read", "near a copy, but its outgoing weights tell them apart")
 """The reasons of `STAYED` that a nearer copy would do away with."""
@@ -67,6 +67,7 @@ class Why:
     residual: Tensor
     rounding: Tensor
     seen: Tensor
+    domain: str = ""
 
     def rules(self) -> list[str]:
         """For each channel the rule whose residual is smallest: split, flipped, scaled, null; '' where it is not
@@ -101,6 +102,7 @@ class Why:
         others = self.other.tolist()
         return {
             "space": self.space,
+            "domain": self.domain,
             "producers": list(self.producers),
             "before": self.before,
             "after": len(self.channels),
@@ -121,6 +123,7 @@ class Why:
         more = len(self.producers) - 1
         lines = [
             f"{self.space}{f' (+{more})' if more else ''}: {len(self.channels)} of {self.before} channels stay"
+            + (f" on the declared domain {self.domain}" if self.domain else "")
         ]
         misses = self.misses()
         for reason, rule, places in self.groups():
@@ -160,12 +163,14 @@ def why(
     probes: Iterable[Any] | None = None,
     protect: Sequence[str] = (),
     seed: int = 0,
+    domain: Any = None,
 ) -> Why:
     """Why the channels that `layer` writes stay in `reduce`, each with its nearest miss.
 
     Args:
         layer: a name of `named_modules()`, or of a parameter; a batch norm stands for what it normalizes.
-        model, example_inputs, tol, probes, protect, seed: as for `reduce`, which is run (without verification).
+        model, example_inputs, tol, probes, protect, seed, domain: as for `reduce`, which is run,
+            without verification.
 
     Raises:
         InputError: `layer` writes no channels, or the model or the inputs cannot be used.
@@ -180,6 +185,7 @@ def why(
         seed=seed,
         verify_result=False,
         progress=False,
+        domain=domain,
     )
     return explain(given, example_inputs, layer)
 
@@ -187,7 +193,8 @@ def why(
 def explain(result: Result, example_inputs: Any, layer: str) -> Why:
     """As `why`, of a reduction that is already there."""
     with random_state_kept():
-        n = number_channels(trace(result.model, example_inputs))
+        graph = trace(result.model, example_inputs)
+        n = number_channels(graph, ranges=ranges_of(result.model, graph, example_inputs, result.boxes))
     chosen = select(n, frozen_slots(n, result.frozen))
     found = spaces(chosen)
     space = _named(chosen, found, layer)
@@ -220,6 +227,7 @@ def explain(result: Result, example_inputs: Any, layer: str) -> Why:
         residual=copies.residual,
         rounding=copies.rounding,
         seen=_seen(facets, needs, roots),
+        domain=result.report.domain,
     )
 
 

@@ -21,6 +21,8 @@ LAYERS = (
     "rules",
     "trace",
     "cost",
+    "evaluate",
+    "bounds",
     "find",
     "numbering",
     "embedding",
@@ -29,6 +31,7 @@ LAYERS = (
     "selection",
     "rewrite",
     "spaces",
+    "mixing",
     "verification",
     "plan",
     "trial",
@@ -39,7 +42,6 @@ LAYERS = (
     "widen",
     "probes",
     "report",
-    "evaluate",
     "consumers",
     "elimination",
     "gauge",
@@ -161,6 +163,7 @@ STANDARD = {
     "itertools",
     "json",
     "math",
+    "numbers",
     "typing",
 }
 

@@ -749,7 +749,9 @@ add(
 )
 add(
     "channel shuffle module",
-    chain(nn.ChannelShuffle(2), space=2, roles="a c 2a k.5 b d -b k.2"),
+    chain(  # as many outputs as channels: with fewer, the rank of the product would be lower still
+        nn.ChannelShuffle(2), space=2, roles="a c 2a k.5 b d -b k.2", consumer=lambda: nn.Conv2d(8, 6, 1)
+    ),
     PLANE,
     (0, 1, 4, 5),
 )

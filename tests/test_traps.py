@@ -768,7 +768,7 @@ def test_the_report() -> None:
     known = result.report.to_dict()
     known = json.loads(json.dumps(known, allow_nan=False))
     gone = known["spaces"][0]["gone"]
-    assert gone == {"null": 1, "constant": 1, "split": 1, "scaled": 0, "flipped": 1}
+    assert gone == {"null": 1, "constant": 1, "split": 1, "scaled": 0, "flipped": 1, "linear": 0}
     assert known["spaces"][0]["after"] == 2
     assert known["parameters_after"] == sum(p.numel() for p in result.model.parameters())
 

@@ -453,6 +453,21 @@ def robust_test(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return cifar_test(CIFAR_MEAN, RESNET2B_STD if name == "resnet2b" else CIFAR_STD)
 
 
+def robust_box(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels in [0, 1], normalised as the network `name` of `ROBUST` takes them: the box of all images."""
+    if name in ("mnist", "mnist_9_200"):
+        mean, std = (0.0,), (1.0,)
+    elif name == "mnist_conv_small":
+        mean, std = MNIST_NORM[:1], MNIST_NORM[1:]
+    elif name == "cifar_small_8px":
+        mean, std = IMAGENET_MEAN, (0.225, 0.225, 0.225)
+    else:
+        mean, std = CIFAR_MEAN, RESNET2B_STD if name == "resnet2b" else CIFAR_STD
+    low, high = (torch.tensor([(end - m) / s for m, s in zip(mean, std, strict=True)]) for end in (0.0, 1.0))
+    slack = 1e-6  # the images are normalised in float32
+    return (low.double() - slack).reshape(-1, 1, 1), (high.double() + slack).reshape(-1, 1, 1)
+
+
 # Policies of DLR-RM/rl-trained-agents.
 
 

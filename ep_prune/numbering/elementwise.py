@@ -40,6 +40,7 @@ from ep_prune.graph import (
 )
 from ep_prune.numbering.align import align, index_along, on_axis
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
+from ep_prune.numbering.straight import straight_parts
 from ep_prune.slots import Standardized
 
 
@@ -138,7 +139,9 @@ def _pointwise(op: Pointwise, node: Node, n: Numbering) -> Value:
             return scale.abs() ** shape.degree
         return scale if shape.center is not None else torch.ones_like(scale)
 
-    return _new_atoms(n, x, signature, freedom, x.rows.shifted(torch.tensor(-center)), outcome, level, op.function)
+    bent = x.rows.shifted(torch.tensor(-center))
+    straight = straight_parts(op, node, n, x)
+    return _new_atoms(n, x, signature, freedom, bent, outcome, level, op.function, straight=straight)
 
 
 def _new_atoms(
@@ -151,8 +154,12 @@ def _new_atoms(
     level: float,
     function: Callable[[Tensor], Tensor],
     tag: Tensor | None = None,
+    straight: tuple[Tensor, Tensor] | None = None,
 ) -> Channels:
-    """f(row) = outcome(scale) * atom + level on rows that are no constants, f(offset) on those that are."""
+    """f(row) = outcome(scale) * atom + level on rows that are no constants, f(offset) on those that are.
+
+    straight (n,), (n,): where not NaN, the number that f multiplies the row with; the constant that f is there.
+    """
     constant = rows.is_constant()
     some = (~constant).nonzero().squeeze(1)
     size = len(rows)
@@ -167,6 +174,10 @@ def _new_atoms(
         atoms[some, 0], coef[some, 0], error[some] = found, outcome(scale), spread
     mean, deviation = _moments(x, function)
     result = Rows(atoms, coef, offset, error)
+    if straight is not None:
+        gain, value = straight
+        result = _choose(~gain.isnan(), x.rows.scaled(gain.nan_to_num(0.0)), result)
+        result = _choose(~value.isnan(), Rows.constants(value.nan_to_num(0.0)), result)
     return n.record(replace(x, rows=result, edges=identity_edge(x), mean=mean, deviation=deviation))
 
 

@@ -11,6 +11,7 @@ weights consume channels, the sinks that keep channels alive, and liveness (dead
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -99,11 +100,15 @@ class Port:
 
 @dataclass
 class Numbering:
-    """The walk's state. `tolerance`: relative distance below which rows count as equal (0: exact)."""
+    """The walk's state. `tolerance`: relative distance below which rows count as equal (0: exact).
+
+    `ranges`: node -> (low, high) of its elements on a declared domain, (1, ...).
+    """
 
     graph: Graph
     tolerance: float = 0.0
     slots: Slots = field(default_factory=Slots)
+    ranges: Mapping[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     values: dict[Node, Value] = field(default_factory=dict)
     tape: list[Channels] = field(default_factory=list)
     ports: list[Port] = field(default_factory=list)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from ep_prune.graph import Graph, Node
 from ep_prune.numbering import contraction, structure
 from ep_prune.numbering.elementwise import transfer
@@ -12,9 +16,17 @@ from ep_prune.slots import Slots
 _HANDLERS = (contraction, structure)
 
 
-def number_channels(graph: Graph, tolerance: float = 0.0, slots: Slots | None = None) -> Numbering:
-    """Walk a graph and say of every channel what it is made of. `tolerance` 0: exact."""
-    n = Numbering(graph, tolerance, slots or Slots())
+def number_channels(
+    graph: Graph,
+    tolerance: float = 0.0,
+    slots: Slots | None = None,
+    ranges: Mapping[Node, tuple[Tensor, Tensor]] | None = None,
+) -> Numbering:
+    """Walk a graph and say of every channel what it is made of. `tolerance` 0: exact.
+
+    ranges: node -> (low, high) of its elements, (1, ...), on a declared domain: what is claimed then holds there.
+    """
+    n = Numbering(graph, tolerance, slots or Slots(), ranges or {})
     for node in graph.nodes:
         if node.tensor is not None:
             n.values[node] = Known(n.tensor(node), node.tensor)

@@ -3,8 +3,21 @@
 Imports torch and the error types alone: it shares no code with the prover.
 """
 
+from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, described, draw, plain
 from ep_prune.verification.compare import verify
 from ep_prune.verification.figures import OutputDifference, Verification
 from ep_prune.verification.trees import InFloat64
 
-__all__ = ["InFloat64", "OutputDifference", "Verification", "verify"]
+__all__ = [
+    "Box",
+    "InFloat64",
+    "OutputDifference",
+    "Verification",
+    "boxes_of",
+    "check_inside",
+    "clamped",
+    "described",
+    "draw",
+    "plain",
+    "verify",
+]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_prune.errors import InputError
+from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, draw
 from ep_prune.verification.figures import Record, Verification
 from ep_prune.verification.trees import (
     Call,
@@ -50,6 +51,7 @@ from ep_prune.verification.trees import (
 )
 
 FAMILIES = ("normal", "matched", "uniform")  # "matched" has the example's mean and standard deviation
+INSIDE = ("uniform", "corners", "matched")  # the families on a declared domain; "matched" is moved inside
 MAX_BATCHES = 64  # of the user's probes: a loader may be endless
 UNBATCHED_DRAWS = 4  # draws of each family where the number of samples cannot be chosen
 REACH_ROWS = 8  # samples in one backward pass, to bound its memory
@@ -75,6 +77,7 @@ def verify(
     limit: float | None = None,
     reach: bool = True,
     judged: Sequence[str] | None = None,
+    domain: Any = None,
 ) -> Verification:
     """Measure how far `narrow` is from `wide`, both in eval mode, on copies.
 
@@ -90,9 +93,12 @@ def verify(
     `judged`: the probe families that the limit is a promise about (None: all); what the others show is
     reported as `beyond`, not judged.
 
+    `domain`: a box (lo, hi) of inputs (see `box`): all probes lie in it, among them its corners.
+
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
-    `probes`, `probes` is empty, or an option is out of range. A narrow model that raises, or whose outputs
-    have another structure or shape, is a difference of inf with its reason, not an exception.
+    `probes`, `probes` is empty, inputs lie outside `domain`, or an option is out of range. A narrow model that
+    raises, or whose outputs have another structure or shape, is a difference of inf with its reason, not an
+    exception.
     """
     if count < 1 or ascent_steps < 0 or ascent_starts < 0 or (limit is not None and not 0 <= limit < math.inf):
         raise InputError("count must be at least 1, and ascent_steps, ascent_starts and limit at least 0")
@@ -104,7 +110,8 @@ def verify(
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(device.type for device in cuda)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        session = _Session(wide, narrow, example, seed, reach, judged)
+        boxes = None if domain is None else boxes_of(domain, *example)
+        session = _Session(wide, narrow, example, seed, reach, judged, boxes)
         session.run(probes, count, ascent_steps, ascent_starts)
         return session.result(limit, synthetic=probes is None)
 
@@ -120,12 +127,15 @@ class _Session:
         seed: int,
         reach: bool,
         judged: Sequence[str] | None,
+        boxes: list[Box | None] | None = None,
     ) -> None:
         self.wide, self.narrow = copied(wide, "wide"), copied(narrow, "narrow")
         self.wide64, self.narrow64 = widened(self.wide), widened(self.narrow)
         self.dtype = main_dtype(self.wide, example)
         self.own = self.dtype != torch.float64  # else there is one figure, and no rounding to measure
         self.example = map_tensors(example, lambda t: t.detach().cpu())
+        self.boxes = boxes
+        self.box_of = {id(t): box for t, box in zip(all_tensors(self.example), boxes or (), strict=False)}
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.records: dict[str, Record] = {}
         self.notes: dict[str, None] = {}  # a dict is an ordered set
@@ -138,7 +148,8 @@ class _Session:
         tensors = all_tensors(self.example)
         floating = any(t.is_floating_point() for t in tensors)
         drawable = any(t.dtype != torch.bool and not t.is_complex() for t in tensors)
-        families: tuple[str, ...] = FAMILIES if floating else ("integer",) if drawable else ()
+        own = FAMILIES if self.boxes is None else INSIDE
+        families: tuple[str, ...] = own if floating else ("integer",) if drawable else ()
         self.batched = bool(families) and shared_rows(self.example) > 0
         if self.batched:  # whether dimension 0 is the batch is asked of the wide model itself
             self.batched = self.evaluate(families[0], self.draw(families[0], count))
@@ -150,7 +161,7 @@ class _Session:
                 self.evaluate(family, self.draw(family, count if self.batched else None))
         if floating and steps and starts and not any(record.reason for record in self.records.values()):
             worst = max(self.records.values(), key=lambda record: record.worst).probe
-            family = worst if worst in FAMILIES else "matched"
+            family = worst if worst in families else "matched"
             for start in (starts,) if self.batched else (None,) * starts:
                 self._ascend(self.draw(family, start), steps)
 
@@ -183,6 +194,8 @@ class _Session:
 
     def evaluate(self, probe: str, call: Call) -> bool:
         """Run all copies on one batch of probes; False if the wide model does not take a synthetic one."""
+        if self.boxes is not None and probe in ("example", "user"):
+            check_inside(self.boxes, call, "the example" if probe == "example" else "a batch of the probes")
         call = map_tensors(call, lambda t: cast(t.detach(), self.dtype))  # both figures from the same numbers
         wide64 = self.attempt(self.wide64, call, torch.float64)
         if isinstance(wide64, Exception):
@@ -251,11 +264,22 @@ class _Session:
         if not example.is_floating_point():
             bounds = (int(example.min()), int(example.max()) + 1)
             return torch.randint(*bounds, shape, generator=self.generator, dtype=example.dtype)
+        box = self.box_of.get(id(example))
+        if box is not None and family in ("uniform", "corners"):
+            return draw(box, family, shape, self.generator)
         if family == "uniform":
             return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
         normal = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         mean, std = example.double().mean(), example.double().std(correction=0)
-        return normal if family == "normal" else mean + std * normal
+        drawn = normal if family == "normal" else mean + std * normal
+        return drawn if box is None else clamped(box, drawn)
+
+    def inside(self, call: Call) -> Call:
+        """The nearest point of the declared domain, if there is one."""
+        if self.boxes is None:
+            return call
+        boxes = iter(self.boxes)
+        return map_tensors(call, lambda t: t if (box := next(boxes)) is None else clamped(box, t))
 
     def _ascend(self, call: Call, steps: int) -> None:
         """Climb ||wide(x) - narrow(x)||^2 by normalised steps, |x| within its first norm; compare every x."""
@@ -282,6 +306,7 @@ class _Session:
                 for point, radius, slope in zip(points, radii, gradients(square, points), strict=True):
                     point += 0.3 / math.sqrt(1 + step) * radius * slope / norm(slope).clamp_min(TINY)
                     point *= (radius / norm(point).clamp_min(TINY)).clamp_max(1)
+                call = self.inside(map_tensors(call, lambda t: t.detach()))
         except Exception as error:
             self.notes[f"the gradient ascent stopped: {short(error)}"] = None
         self.evaluate("ascent", call)
