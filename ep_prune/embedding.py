@@ -2,7 +2,8 @@
 
 A `ChannelEmbedding` stands at one program point. Where the point is *consumed* by a weight, the narrow weight is
 W T and the bias gains W t (`Fold`); where it is *produced* the kept rows are taken as they are (`Cut`). Where
-nothing bends between the two, T may be dense: the narrow channels are then mixtures of the wide ones (`Mix`). A
+nothing bends between the two, T may be dense: the narrow channels are then mixtures of the wide ones (`Mix`). What
+was fitted to data is stated as it stands (`Refit`): W T for a T of patches, which is larger than W T itself. A
 plan is a sequence of rounds of such edits, stated on parameters by name, and so applies to any copy of the model.
 """
 
@@ -95,12 +96,30 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
+class Refit:
+    """A weight that was fitted to data: its narrow value as it stands, in `groups` groups.
+
+    constants (O',): the narrow values of its `bias`, or of the `mean` of the batch norm that follows, or of a new
+    bias of the module named by `new_bias`; None where they stay as they are.
+    """
+
+    weight: str
+    value: Tensor
+    groups: int
+    constants: Tensor | None = None
+    bias: str | None = None
+    mean: str | None = None
+    new_bias: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Round:
-    """Edits that apply to one state of the model. Mixes go first."""
+    """Edits that apply to one state of the model. Mixes go first, refits last."""
 
     folds: tuple[Fold, ...] = ()
     cuts: tuple[Cut, ...] = ()
     mixes: tuple[Mix, ...] = ()
+    refits: tuple[Refit, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.folds or self.cuts or self.mixes)
+        return bool(self.folds or self.cuts or self.mixes or self.refits)

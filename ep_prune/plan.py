@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Mix, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Mix, Refit, Round
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
 from ep_prune.rewrite import apply_round_
@@ -108,10 +108,20 @@ class Plan:
                     }
                     for mix in step.mixes
                 ],
+                "refits": [
+                    {
+                        "weight": refit.weight,
+                        "groups": refit.groups,
+                        "value": keep(refit.value),
+                        "constants": None if refit.constants is None else keep(refit.constants),
+                        **{key: getattr(refit, key) for key in ("bias", "mean", "new_bias")},
+                    }
+                    for refit in step.refits
+                ],
             }
             for step in self.rounds
         ]
-        header = {"version": 2, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        header = {"version": 3, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
         return tensors, json.dumps(header)
@@ -120,8 +130,8 @@ class Plan:
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") != 2:
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads version 2")
+        if data.get("version") not in (2, 3):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 and 3")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -145,11 +155,17 @@ class Plan:
             layout = Layout(groups, inputs_first, interior=(True,) * taps)
             return Mix(item["weight"], layout, rows, mixing, offset, item["bias"], item["new_bias"])
 
+        def refit(item: dict[str, Any]) -> Refit:
+            constants = None if item["constants"] is None else tensors[item["constants"]]
+            places = (item[key] for key in ("bias", "mean", "new_bias"))
+            return Refit(item["weight"], tensors[item["value"]], item["groups"], constants, *places)
+
         rounds = tuple(
             Round(
                 tuple(fold(item) for item in step["folds"]),
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
                 tuple(mix(item) for item in step.get("mixes", ())),
+                tuple(refit(item) for item in step.get("refits", ())),
             )
             for step in data["rounds"]
         )

@@ -16,7 +16,7 @@ from ep_prune.errors import PlanError
 
 
 def apply_round_(model: nn.Module, step: Round) -> None:
-    """Apply one round in place: mixes, folds (they read the wide outputs' biases), then cuts."""
+    """Apply one round in place: mixes, folds (they read the wide outputs' biases), cuts, refits."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -56,7 +56,15 @@ def apply_round_(model: nn.Module, step: Round) -> None:
     for cut in step.cuts:
         old = current(cut.tensor)
         new[cut.tensor] = old.index_select(cut.axis, cut.keep.to(old.device))
-    resize_(model, new, {fold.weight: len(fold.groups) for fold in step.folds})
+    for refit in step.refits:
+        new[refit.weight] = refit.value.to(current(refit.weight))
+        for name in (refit.bias, refit.mean):
+            if name is not None and refit.constants is not None:
+                new[name] = refit.constants.to(current(name))
+        if refit.new_bias is not None and refit.constants is not None:
+            created.append((refit.new_bias, refit.constants.to(new[refit.weight])))
+    groups = {fold.weight: len(fold.groups) for fold in step.folds}
+    resize_(model, new, groups | {refit.weight: refit.groups for refit in step.refits})
     for path, bias in created:
         module = model.get_submodule(path)
         trained = module.get_parameter("weight").requires_grad

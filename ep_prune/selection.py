@@ -74,7 +74,7 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
         for demand in needs.values():
             demand.refresh(chosen.kept)
             _hit_classes(chosen, demand)
-        _close(chosen)
+        close(chosen)
         if int(chosen.kept.sum()) > before:
             continue
         settled = [_embed(chosen, name, demand) for name, demand in needs.items()]
@@ -93,7 +93,7 @@ def _hit_classes(chosen: Selection, demand: Demand) -> None:
     chosen.keep(demand.roots[demand.prefer[missing]], "distinct and read")
 
 
-def _close(chosen: Selection) -> None:
+def close(chosen: Selection) -> None:
     """Grow the selection until every constraint holds: equal counts, groups, at least one channel."""
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
