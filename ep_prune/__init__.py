@@ -10,6 +10,7 @@ ep_prune.effective_width(model, example_inputs, tol=0.01)    # how narrow; Effec
 
 from importlib import metadata
 
+from ep_prune.compress import Compressed, compress
 from ep_prune.criticality import Criticality, Inertia, criticality, hessian_inertia
 from ep_prune.effective_width import EffectiveWidths, effective_width
 from ep_prune.embedding import ChannelEmbedding
@@ -34,6 +35,7 @@ except metadata.PackageNotFoundError:  # run from a checkout that is not install
 
 __all__ = [
     "ChannelEmbedding",
+    "Compressed",
     "Criticality",
     "EffectiveWidthMonitor",
     "EffectiveWidths",
@@ -49,6 +51,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "Why",
+    "compress",
     "criticality",
     "effective_width",
     "embed",

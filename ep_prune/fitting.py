@@ -62,19 +62,19 @@ class Curve:
     measured: tuple[tuple[int, float], ...]
 
     def losses(self) -> Tensor:
-        """(R,) the divergence once 0, 1, ... R - 1 channels are gone: measured where it was, elsewhere by `costs`."""
+        """(steps + 1,) the divergence once 0, 1, ... channels are gone: measured where it was, elsewhere by `costs`."""
         count = len(self.space.roots)
         costs = torch.cat([torch.zeros(1, dtype=torch.float64), self.costs.cummax(0).values])
         gone = [0, *(count - width for width, _ in self.measured)]
         found = torch.tensor([0.0, *(max(loss, 0.0) for _, loss in self.measured)], dtype=torch.float64).cummax(0).values
-        result = torch.zeros(count, dtype=torch.float64)
+        result = torch.zeros(len(costs), dtype=torch.float64)
         for start, end, low, high in zip(gone, gone[1:], found, found[1:], strict=False):
             x = costs[start : end + 1] - costs[start]
             share = x / x[-1] if float(x[-1]) > 0 else torch.linspace(0, 1, len(x), dtype=torch.float64)
             result[start : end + 1] = low + share * (high - low)
-        if gone[-1] < count - 1:
+        if gone[-1] < len(costs) - 1:
             result[gone[-1] :] = found[-1] + (costs[gone[-1] :] - costs[gone[-1]]) * _slope(costs, found, gone)
-        return result + 1e-9 * torch.arange(count, dtype=torch.float64)
+        return result + 1e-9 * torch.arange(len(costs), dtype=torch.float64)
 
 
 def _slope(costs: Tensor, found: Tensor, gone: Sequence[int]) -> float:

@@ -113,7 +113,7 @@ def reduce(
         with bar:
             state = _start(wide, example_inputs, given, tol, seed, boxes)
             before = cost(wide, example_inputs)
-            state.frozen = _protected(state.graph, protect)
+            state.frozen = protected(state.graph, protect)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -230,7 +230,7 @@ def _start(
     return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
 
 
-def _protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
+def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     frozen: dict[Axis, str] = {}
     for layer in protect:
         own = [name for name in graph.tensors if name == layer or name.startswith(layer + ".")]

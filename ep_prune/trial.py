@@ -191,7 +191,7 @@ def roll_back(
             return None
         return trial, step
 
-    good, bad = _largest_good(changed, lambda free: attempt(free) is not None)
+    good, bad = largest_good(changed, lambda free: attempt(free) is not None)
     for space in bad:
         for axis in space.axes:
             state.frozen[axis] = f"rolled back: {reasons[space.name]}"
@@ -204,7 +204,7 @@ def roll_back(
     return final
 
 
-def _largest_good(
+def largest_good(
     items: Sequence[Space], good: Callable[[Sequence[Space]], bool]
 ) -> tuple[list[Space], list[Space]]:
     """Split items into those that can go together and those that spoil it: group testing, O(bad * log n) calls."""

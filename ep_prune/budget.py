@@ -1,0 +1,269 @@
+"""Widths under a budget: which space gives up how many channels.
+
+Every space has a curve, the divergence of the outputs over the channels that it has given up (`fitting.Curve`).
+Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the widths
+that the other spaces have by then: costs are products of widths, so what a channel saves changes on the way. Looking
+several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is given back.
+
+The states on the way form a path from wide to narrow; budgets that are not counted but measured (`tol`, `latency`,
+`max_drop`) look for their place on it (`Path.search`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ep_prune.calibrate import positions
+from ep_prune.errors import InputError
+from ep_prune.fitting import Curve
+from ep_prune.readers import Structure
+
+AHEAD = (1, 2, 4, 8)
+"""How many of the allowed widths further down a step may go."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay: multiply-accumulates of one sample, parameters; None: not asked for."""
+
+    macs: int | None = None
+    parameters: int | None = None
+
+
+@dataclass
+class Counts:
+    """Costs as functions of how many channels each space has given up, without the ties of equal groups.
+
+    inputs, outputs[s] (J + 1, readers): what a reader loses once j channels of space s are gone; rest[s] (J + 1,):
+    parameters outside of weights.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    rest: list[Tensor]
+    base: tuple[Tensor, Tensor, int]
+    places: Tensor
+    areas: Tensor
+    owned: Tensor
+    single: Tensor
+
+    @staticmethod
+    def of(structure: Structure, curves: Sequence[Curve]) -> Counts:
+        readers = structure.readers
+        groups = torch.tensor([r.op.layout.groups for r in readers])
+        widths = torch.tensor([len(r.roots) for r in readers])
+        taps = torch.tensor([math.prod(r.kernel) for r in readers])
+        whole = structure.everything()
+        inputs, outputs, rest = [], [], []
+        extra = _extra_parameters(structure)
+        for curve in curves:
+            order = curve.order
+            place = torch.full((structure.count,), len(order))
+            place[order] = torch.arange(len(order))
+            lost = [[_cumulative(place[part.reshape(-1)], len(order)) for r in readers for part in (side(r),)]
+                    for side in (lambda r: r.roots, lambda r: r.outputs)]  # fmt: skip
+            inputs.append(torch.stack(lost[0], 1))
+            outputs.append(torch.stack(lost[1], 1))
+            rest.append(torch.cat([extra.new_zeros(1), extra[order].cumsum(0)]))
+        weights = sum(structure._weight_size(r, whole) for r in readers if r.name in structure.parameters)
+        return Counts(
+            inputs, outputs, rest,
+            (widths, torch.tensor([r.outputs.numel() for r in readers]), structure.size(whole) - weights),
+            torch.tensor([positions(r.node, r.op) * r.uses for r in readers]),
+            taps.double() / groups,
+            torch.tensor([r.name in structure.parameters for r in readers]),
+            (widths == groups) & (groups > 1),
+        )  # fmt: skip
+
+    def costs(self, lost_in: Tensor, lost_out: Tensor, lost_rest: Tensor) -> tuple[Tensor, Tensor]:
+        """(...,) multiply-accumulates and parameters, of losses (..., readers) and (...,)."""
+        n_in, n_out = self.base[0] - lost_in, self.base[1] - lost_out
+        size = torch.where(self.single, n_out * self.areas * self.base[0], n_in * n_out * self.areas)
+        return (size * self.places).sum(-1), (size * self.owned).sum(-1) + self.base[2] - lost_rest
+
+
+def _cumulative(places: Tensor, count: int) -> Tensor:
+    """(count + 1,) how many of the places come before 0, 1, ... count."""
+    hits = torch.bincount(places[places < count], minlength=count)[:count]
+    return torch.cat([hits.new_zeros(1), hits.cumsum(0)])
+
+
+def _extra_parameters(structure: Structure) -> Tensor:
+    """(slots,) parameters that go with a channel outside of the readers' weights."""
+    extra = torch.zeros(structure.count, dtype=torch.int64)
+    weights = {r.name for r in structure.readers}
+    for (name, _axis), slots in structure.numbering.slots.bound.items():
+        if name in structure.parameters and name not in weights:
+            roots = structure.roots[slots]
+            each = structure.graph.tensors[name].numel() // max(len(slots), 1)
+            extra.index_add_(0, roots, torch.full((len(roots),), each))
+    return extra
+
+
+@dataclass
+class Path:
+    """Widths from wide to narrow: `states` (steps + 1, spaces), channels that each space has given up."""
+
+    structure: Structure
+    curves: Sequence[Curve]
+    states: list[Tensor] = field(default_factory=list)
+
+    def kept(self, state: Tensor) -> Tensor:
+        """By root, what stays: with all that must stay with it."""
+        kept = self.structure.everything()
+        for curve, gone in zip(self.curves, state.tolist(), strict=True):
+            kept[curve.order[:gone]] = False
+        return self.structure.close(kept)
+
+    def search(self, good: Callable[[Tensor], bool], most: int) -> Tensor | None:
+        """The narrowest state found for which `good` holds, by bisection, in at most `most` trials; None: no state."""
+        low, high, found = -1, len(self.states), None
+        for _ in range(most):
+            if high - low <= 1:
+                break
+            middle = (low + high) // 2
+            if good(self.states[middle]):
+                low, found = middle, self.states[middle]
+            else:
+                high = middle
+        return found
+
+
+def allowed_widths(
+    structure: Structure, curves: Sequence[Curve], round_to: int, least: Callable[[str], int]
+) -> list[Tensor]:
+    """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or more."""
+    result = []
+    for curve in curves:
+        gone = torch.arange(len(curve.order) + 1)
+        left = len(curve.space.longest) - torch.cat(
+            [torch.zeros(1, dtype=torch.int64), torch.isin(curve.order, curve.space.longest).long().cumsum(0)]
+        )
+        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(curve.space.name), 1)))
+        result.append(gone[good & (gone < len(curve.losses()))])
+    return result
+
+
+def descend(
+    structure: Structure, curves: Sequence[Curve], allowed: Sequence[Tensor], budget: Budget | None
+) -> Path:
+    """The path down to a budget, the last state within it; or, without one, to where nothing more can go.
+
+    Raises `InputError` with the least that can be reached where the budget cannot be met.
+    """
+    counts = Counts.of(structure, curves)
+    losses = [curve.losses() for curve in curves]
+    at = [0] * len(curves)  # places in `allowed`
+    path = Path(structure, curves, [torch.zeros(len(curves), dtype=torch.int64)])
+
+    def state() -> Tensor:
+        return torch.tensor([int(a[k]) for a, k in zip(allowed, at, strict=True)], dtype=torch.int64)
+
+    def totals(now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        picked = [[part[s][j] for s, j in enumerate(now.tolist())] for part in (counts.inputs, counts.outputs, counts.rest)]
+        zeros = (torch.zeros_like(counts.base[0]), torch.zeros_like(counts.base[0]), torch.zeros((), dtype=torch.int64))
+        return tuple(torch.stack(p).sum(0) if p else z for p, z in zip(picked, zeros, strict=True))  # type: ignore[return-value]
+
+    def options(steps: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
+        """(space, place) one can move to, with the change of divergence, MACs and parameters."""
+        now = state()
+        base = totals(now)
+        macs, size = counts.costs(*base)
+        moves, deltas, change = [], [], []
+        for s, (a, k) in enumerate(zip(allowed, at, strict=True)):
+            for step in steps:
+                if 0 <= k + step < len(a):
+                    old, new = int(a[k]), int(a[k + step])
+                    moves.append((s, k + step))
+                    deltas.append([part[s][new] - part[s][old] for part in (counts.inputs, counts.outputs, counts.rest)])
+                    change.append(float(losses[s][new] - losses[s][old]))
+        if not moves:
+            return [], torch.empty(0), torch.empty(0), torch.empty(0)
+        stacked = [torch.stack([d[k] for d in deltas]) + base[k] for k in range(3)]
+        found = counts.costs(*stacked)
+        return moves, torch.tensor(change, dtype=torch.float64), macs - found[0], size - found[1]
+
+    while True:
+        here = state()
+        over = _excess(structure, path.kept(here), budget)
+        if budget is not None and over == 0:
+            break
+        moves, change, macs, size = options(AHEAD)
+        saved = _price(structure, budget, macs, size)
+        useful = saved > 0
+        if not bool(useful.any()):
+            if budget is not None:
+                _refuse(structure, path.kept(here), budget)
+            break
+        price = torch.where(useful, change / saved.clamp_min(1e-12), torch.inf)
+        space, place = moves[int(price.argmin())]
+        at[space] = place
+        path.states.append(state())
+    if budget is not None:
+        _give_back(structure, path, at, allowed, budget, options, state)
+    return path
+
+
+def _give_back(
+    structure: Structure,
+    path: Path,
+    at: list[int],
+    allowed: Sequence[Tensor],
+    budget: Budget,
+    options: Callable[[Sequence[int]], tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]],
+    state: Callable[[], Tensor],
+) -> None:
+    """Take channels back as long as the budget allows, those that help most for what they cost first."""
+    while True:
+        moves, change, macs, size = options((-1, -2, -4))
+        if not moves:
+            return
+        cost = -_price(structure, budget, macs, size)
+        worth = torch.where(cost > 0, -change / cost.clamp_min(1e-12), torch.inf)
+        for k in worth.argsort(descending=True).tolist():
+            space, place = moves[k]
+            before, at[space] = at[space], place
+            if _excess(structure, path.kept(state()), budget) == 0:
+                path.states.append(state())
+                break
+            at[space] = before
+        else:
+            return
+
+
+def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tensor) -> Tensor:
+    """What a step saves, as a share of the wide model's cost."""
+    whole = structure.everything()
+    total = torch.zeros_like(macs)
+    if budget is None or budget.macs is not None:
+        total = total + macs / max(structure.macs(whole), 1)
+    if budget is not None and budget.parameters is not None:
+        total = total + size / max(structure.size(whole), 1)
+    return total
+
+
+def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+    if budget is None:
+        return 1
+    over = 0 if budget.macs is None else max(structure.macs(kept) - budget.macs, 0)
+    return over + (0 if budget.parameters is None else max(structure.size(kept) - budget.parameters, 0))
+
+
+def _refuse(structure: Structure, kept: Tensor, budget: Budget) -> None:
+    whole = structure.everything()
+    parts = []
+    if budget.macs is not None:
+        least = structure.macs(kept)
+        parts.append(f"{least:,} MACs ({least / max(structure.macs(whole), 1):.3f} of the reduced model's weights')")
+    if budget.parameters is not None:
+        least = structure.size(kept)
+        parts.append(f"{least:,} parameters ({least / max(structure.size(whole), 1):.3f})")
+    raise InputError(
+        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}; ask for more, "
+        "or protect and round less"
+    )

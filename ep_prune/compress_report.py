@@ -1,0 +1,125 @@
+"""What `compress` did, for a person: a table, a dict, a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ep_prune.cost import Cost
+from ep_prune.errors import EpPruneError
+
+COLLAPSED = 1.0
+"""Nats between the answers from which on a model is called collapsed; so is one whose decisions mostly differ."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """One space, before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """The outcome. Grade *fitted*: `divergence` (`divergence.divergence`), `agreement` (share of equal decisions, None
+    where the model gives no class scores) and `change` (largest of any output, relative) are measured on calibration
+    samples that nothing was fitted on. errors: by weight, of its outputs on held-out rows, as a share of their
+    variance. reduced: the cost once what is exact is gone. Latencies in milliseconds a call on the example."""
+
+    budget: str
+    widths: tuple[Width, ...]
+    before: Cost
+    reduced: Cost
+    after: Cost
+    divergence: float
+    agreement: float | None
+    change: float
+    errors: dict[str, float]
+    samples_given: int
+    samples_used: int
+    evaluations: int
+    latency_before: float
+    latency_after: float
+    untouched: dict[str, str]
+    barriers: dict[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+    grade: str = "fitted"
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the narrow model no longer answers like the wide one."""
+        return not self.divergence < COLLAPSED or (self.agreement is not None and self.agreement < 0.5)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, ready for JSON."""
+        return {**asdict(self), "collapsed": self.collapsed}
+
+    def print(self) -> None:
+        """Print the table."""
+        print(self)
+
+    def __str__(self) -> str:
+        name = max([len(w.name) for w in self.widths] + [5])
+        lines = [f"{'space':<{name}}  width"]
+        lines += [
+            f"{w.name:<{name}}  {w.before} -> {w.after}" if w.after != w.before else f"{w.name:<{name}}  {w.before}"
+            for w in self.widths
+        ]
+        lines += [
+            "",
+            f"budget      {self.budget}",
+            f"parameters  {_change(self.before.parameters, self.after.parameters)}",
+            f"MACs        {_change(self.before.macs, self.after.macs)}",
+            f"latency     {self.latency_before:.3g} -> {self.latency_after:.3g} ms a call on the example",
+            f"grade       {self.grade}, on {self.samples_used} of {self.samples_given} samples",
+            f"held out    divergence {self.divergence:.3g}"
+            + (f", {self.agreement:.1%} equal decisions" if self.agreement is not None else "")
+            + f", largest change {self.change:.2g}",
+        ]
+        if self.evaluations:
+            lines.append(f"evaluated   {self.evaluations} times")
+        if self.collapsed:
+            lines.append("COLLAPSED   the narrow model no longer answers like the wide one: keep more")
+        lines += [f"note        {note}" for note in self.notes]
+        for title, entries in (("untouched", self.untouched.items()), ("barrier", self.barriers.items())):
+            lines += [f"{title:<12}{place}: {why}" for place, why in list(entries)[:12]]
+            if len(entries) > 12:
+                lines.append(f"{'':<12}... and {len(entries) - 12} more")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the widths before and after, one bar a space. Needs matplotlib."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise EpPruneError("drawing needs matplotlib: pip install 'ep-prune[plot]'") from error
+        shown = [w for w in self.widths if w.before > 1]
+        figure = Figure(figsize=(8, 1.2 + 0.3 * max(len(shown), 3)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.barh(range(len(shown)), [w.before for w in shown], color="#d8dee9", label="wide")
+        axes.barh(range(len(shown)), [w.after for w in shown], color="#3b6ea5", label="narrow", height=0.55)
+        for place, w in enumerate(shown):
+            axes.text(w.before, place, f" {w.after}/{w.before}", va="center", fontsize=8)
+        axes.set_yticks(range(len(shown)), [w.name for w in shown], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("channels")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
+        axes.set_title(
+            f"MACs {self.after.macs / max(self.before.macs, 1):.0%}, parameters "
+            f"{self.after.parameters / max(self.before.parameters, 1):.0%}, divergence {self.divergence:.3g} (held out)",
+            fontsize=10,
+            loc="left",
+        )
+        figure.savefig(path, dpi=150)
+
+
+def _change(before: int, after: int) -> str:
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{before:,} -> {after:,}{share}"
