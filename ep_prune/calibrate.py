@@ -108,7 +108,7 @@ class Program:
         """rooms: nodes whose layer may gain a bias -> the name that it will have, and the axis of its outputs."""
         self.graph = graph
         self.rooms = dict(rooms or {})
-        self.nodes = [n for n in graph.nodes if n.target is not None and n.op not in _CHECKS]
+        self.nodes = [n for n in _short_branches_first(graph) if n.target is not None and n.op not in _CHECKS]
         self.place = {node: k for k, node in enumerate(self.nodes)}
         self.parameters = [n for n in graph.nodes if n.tensor is not None]
         self.inputs = [
@@ -178,6 +178,30 @@ class Program:
             most = max(most, standing)
             standing -= sum(_bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None)
         return max(most, 1) // max(batch, 1)
+
+
+def _short_branches_first(graph: Graph) -> list[Node]:
+    """The graph's nodes in an order in which, where branches meet, the one through fewer weights has run before the
+    other: a shortcut is known by the time that the weights are fitted whose output is added to it."""
+    depth: dict[Node, int] = {}
+    for node in graph.nodes:
+        own = int(any(o.tensor is not None for o in node.operands()))
+        depth[node] = max((depth[o] for o in node.operands()), default=0) + own
+    done: set[Node] = set()
+    order: list[Node] = []
+    waiting = [(node, False) for node in reversed(graph.nodes)]
+    waiting += [(node, False) for node in reversed(graph.outputs)]
+    while waiting:
+        node, ready = waiting.pop()
+        if node in done:
+            continue
+        if ready:
+            done.add(node)
+            order.append(node)
+            continue
+        waiting.append((node, True))
+        waiting += [(o, False) for o in sorted(set(node.operands()), key=lambda o: -depth[o])]
+    return order
 
 
 _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async.msg")

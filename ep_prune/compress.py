@@ -198,7 +198,7 @@ class _Work:
         frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
         work.frozen = frozen
         parameters = [name for name, _ in work.model.named_parameters()]
-        work.structure = Structure(work.program.graph, frozen, parameters)
+        work.structure = Structure(work.program, frozen, parameters)
         work._rehearse(parameters)
         return work
 
@@ -260,7 +260,7 @@ class _Work:
                 for axis, own in slots.bound.items():
                     if bool(torch.isin(roots[own], space.roots).any()):
                         self.frozen[axis] = "a size written in the code does not follow"
-            self.structure = Structure(self.program.graph, self.frozen, parameters)
+            self.structure = Structure(self.program, self.frozen, parameters)
             self.structure.untouched |= {s.name: "a size written in the code does not follow" for s in bad}
 
     def _masked(self, kept: Tensor) -> dict[str, Tensor]:

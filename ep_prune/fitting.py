@@ -33,6 +33,8 @@ FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Widths at which a space is measured, as shares of its channels."""
 SMALL_GAIN = 1e-2
 """Of a batch norm's largest gain: where it is smaller, errors of the residual stream are not corrected through it."""
+SWEEPS = 4
+"""Of the fit to a rectified output (`_fit_reader`)."""
 Chunks = Sequence[Sequence[Tensor]]
 Step = Callable[[str], None]
 
@@ -306,11 +308,14 @@ def _fit_reader(
     gain = _gain(program, reader)
     outputs = view.shape[1] if not reader.by_channels else view.shape[2]
     sums = [Moments.empty(len(mask), columns.shape[1], outputs, device) for _ in range(2)]
+    stored = []
     for number, (w, n) in enumerate(zip(wide, narrow, strict=True)):
         x = reader.rows_of(rows, n[reader.op.x])
         x = x.gather(2, columns.unsqueeze(1).expand(-1, x.shape[1], -1))
         y = reader.rows_of(rows, w[reader.op.x]) if reader.by_channels else _target(reader, rows, w, n, gain)
         sums[int(number in held_out)].add(x, y)
+        if reader.rectified and not reader.by_channels:
+            stored.append((int(number in held_out), x, y, _offset(program, reader, rows, n, gain)))
     importance = None if reader.by_channels else gain.square().reshape(len(mask), -1)
     if reader.by_channels:
         identity = torch.eye(view.shape[2], dtype=torch.float64, device=device).unsqueeze(0)
@@ -319,6 +324,18 @@ def _fit_reader(
     else:
         original = view.gather(2, columns.unsqueeze(1).expand(-1, view.shape[1], -1))
         found = fit(sums[0], sums[1], original, importance)
+        slope = gain.reshape(len(mask), 1, -1)
+        safe = slope.abs() > SMALL_GAIN * slope.abs().max()
+        for _ in range(SWEEPS if stored else 0):
+            for total in sums:
+                total.forget_targets()
+            for part_, x, y, offset in stored:
+                made = x @ found.weight.transpose(1, 2).to(x) + found.intercept.unsqueeze(1).to(x)
+                off = (slope * y + offset <= 0) & safe
+                z = slope * made + offset
+                y = torch.where(off, torch.where(z <= 0, made, -offset / slope), y)
+                sums[part_].add_targets(x, y)
+            found = fit(sums[0], sums[1], original, importance)
         part = found.weight
     new = torch.zeros_like(view).scatter_(2, columns.unsqueeze(1).expand(-1, view.shape[1], -1), part)
     own[reader.name] = reader.restore(new).to(weight.dtype)
@@ -351,6 +368,17 @@ def _target(reader: Reader, rows: Rows, wide: Values, narrow: Values, gain: Tens
         shape[reader.op.layout.axis] = -1
         y = y + missing / divisor.reshape(shape)
     return rows.output(y)
+
+
+def _offset(program: Program, reader: Reader, rows: Rows, narrow: Values, gain: Tensor) -> Tensor:
+    """(G, r, O/G) or broadcastable: the ReLU reads gain * output + this."""
+    shift = torch.zeros_like(gain)
+    if reader.norm is not None:
+        shift = -gain * program.graph.tensors[str(reader.norm.mean.tensor)]
+        if reader.norm.bias is not None:
+            shift = shift + program.graph.tensors[str(reader.norm.bias.tensor)]
+    offset = shift.reshape(reader.outputs.shape[0], 1, -1)
+    return offset + rows.output(narrow[reader.other]) if reader.other is not None else offset
 
 
 def _mean_error(

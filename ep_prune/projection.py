@@ -57,6 +57,15 @@ class Moments:
         self.yy += y.square().sum(1)
         self.rows += x.shape[1]
 
+    def forget_targets(self) -> None:
+        for part in (self.xy, self.y, self.yy):
+            part.zero_()
+
+    def add_targets(self, x: Tensor, y: Tensor) -> None:
+        self.xy += x.transpose(1, 2) @ y
+        self.y += y.sum(1)
+        self.yy += y.square().sum(1)
+
     def __add__(self, other: Moments) -> Moments:
         parts = (getattr(self, n) + getattr(other, n) for n in ("xx", "xy", "x", "y", "yy"))
         return Moments(*parts, rows=self.rows + other.rows)

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ep_prune.calibrate import Rows, positions
+from ep_prune.calibrate import Program, Rows, positions
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import Cut, Refit, Round
-from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Sum
+from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwise, Sum
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
@@ -41,7 +41,8 @@ class Reader:
     """One weight: where it stands, what it reads (`roots` (n,)) and writes (`outputs` (G, O/G)), by slot root.
 
     bias, mean, new_bias: where its constant goes (`Demand`). norm: the batch norm that follows, with its node.
-    other: what is added to the output further on, if it is there before this weight runs. kept_whole: why its inputs
+    other: what is added to the output further on, if it is there before this weight runs. rectified: a ReLU comes next,
+    and nothing else reads what it reads. kept_whole: why its inputs
     cannot be narrowed, "" if they can. columns (G, P): the root of every column of the view.
     """
 
@@ -55,6 +56,7 @@ class Reader:
     new_bias: str | None
     norm: Normalize | None = None
     other: Node | None = None
+    rectified: bool = False
     kept_whole: str = ""
     by_channels: bool = False
     uses: int = 1
@@ -123,8 +125,10 @@ class Free:
 class Structure:
     """What may be narrowed in a graph. `frozen`: parameter axes that stay, as in `trial.State`."""
 
-    def __init__(self, graph: Graph, frozen: Mapping[tuple[str, int], str], parameters: Collection[str]) -> None:
-        self.graph = graph
+    def __init__(
+        self, program: Program, frozen: Mapping[tuple[str, int], str], parameters: Collection[str]
+    ) -> None:
+        self.graph = graph = program.graph
         self.numbering = number_channels(graph)
         self.roots = self.numbering.slots.roots()
         self.count = self.numbering.slots.count
@@ -133,7 +137,7 @@ class Structure:
         for axis in frozen:
             if axis in self.numbering.slots.bound:
                 self.pinned[self.roots[self.numbering.slots.bound[axis]]] = True
-        order = {node: k for k, node in enumerate(graph.nodes)}
+        order = program.place
         needs = demands(self.numbering, self.roots)
         self.readers = sorted(
             (self._reader(name, demand, order) for name, demand in needs.items()), key=lambda r: order[r.node]
@@ -280,9 +284,13 @@ def _follow(reader: Reader, graph: Graph, order: Mapping[Node, int]) -> None:
             reader.norm = kind
         elif isinstance(kind, Sum) and kind.alpha == 1:
             others = [x for x in (kind.x, kind.y) if x is not at]
-            if len(others) == 1 and isinstance(others[0], Node) and others[0].tensor is None:
-                same = others[0].shape == at.shape
-                reader.other = others[0] if same and order[others[0]] < order[reader.node] else None
+            if len(others) != 1 or reader.other is not None or not isinstance(others[0], Node):
+                return
+            if others[0].shape != at.shape or order.get(others[0], len(order)) > order[reader.node]:
+                return
+            reader.other = others[0]
+        elif isinstance(kind, Pointwise) and reader_node.op == "aten.relu":
+            reader.rectified = True
             return
         elif not isinstance(kind, Pass | Item):
             return
