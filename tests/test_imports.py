@@ -58,6 +58,7 @@ LAYERS = (
     "budget",
     "compress_report",
     "compress",
+    "integrations",
     "why",
     "storage",
     "demo_model",

@@ -1,0 +1,1 @@
+"""Faces towards other libraries. Each module here knows one of them; nothing below imports these."""
