@@ -115,7 +115,9 @@ def _batches(calibration: Any, example: Any) -> Iterable[Any]:
         if not alike or len(as_arguments(example)[0]) == len(calibration) > 1:
             return [calibration]  # (inputs, labels), or the model's several inputs
     if not isinstance(calibration, Iterable):
-        raise InputError(f"calibration is of type {type(calibration).__name__}: pass a batch or a loader of batches")
+        raise InputError(
+            f"calibration is of type {type(calibration).__name__}: pass a batch or a loader of batches"
+        )
     return calibration
 
 

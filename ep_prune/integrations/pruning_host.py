@@ -173,27 +173,28 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     return [(tuple(t.shape), *pair) for t, pair in zip(tensors, numbers, strict=True)]
 
 
-def arguments(model: nn.Module, example_inputs: Any, importance: Any, rest: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(
+    model: nn.Module, example_inputs: Any, importance: Any, rest: tuple[Any, ...], named: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments of `tp.pruner.BasePruner`, with its hazards taken out.
 
     Its default dictionaries are shared by all pruners, and it writes into them: every pruner gets its own. A tensor
     is unpacked into samples before it is tried as it is: it goes in as a tuple. Types in `ignored_layers` are
     documented, and passed over: they become the modules of that type. `unwrapped_parameters` may be a dictionary.
     """
-    bound = inspect.signature(tp.pruner.BasePruner).bind(model, example_inputs, importance, *rest, **named)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
-    for key, value in given.items():
-        if isinstance(value, dict) and key != "example_inputs":
-            given[key] = dict(value)
-    if isinstance(example_inputs, Tensor) and given["forward_fn"] is None:
+    signature = inspect.signature(tp.pruner.BasePruner)
+    given = dict(signature.bind(model, example_inputs, importance, *rest, **named).arguments)
+    for key, parameter in signature.parameters.items():
+        if isinstance(parameter.default, dict):
+            given[key] = dict(given.get(key) or {})
+    if isinstance(example_inputs, Tensor) and given.get("forward_fn") is None:
         given["example_inputs"] = (example_inputs,)
-    if given["ignored_layers"] is not None:
+    if given.get("ignored_layers") is not None:
         layers: list[Any] = []
         for layer in given["ignored_layers"]:
             layers += [m for m in model.modules() if isinstance(m, layer)] if isinstance(layer, type) else [layer]
         given["ignored_layers"] = layers
-    if given["unwrapped_parameters"] is not None:
+    if given.get("unwrapped_parameters") is not None:
         pairs = given["unwrapped_parameters"]
         given["unwrapped_parameters"] = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     return given

@@ -22,8 +22,27 @@ from torch import Tensor, nn
 
 from ep_prune.errors import InputError
 from ep_prune.integrations.pruning_feed import Course, Feed, evaluating, hooked
-from ep_prune.integrations.pruning_host import READ, WRITE, Group, consumers, fingerprint, indices, norm_after, untouchable, whole
-from ep_prune.integrations.pruning_moments import Sums, Wanted, collect, device_memory, fit_in_one, order, quota, targets
+from ep_prune.integrations.pruning_host import (
+    READ,
+    WRITE,
+    Group,
+    consumers,
+    fingerprint,
+    indices,
+    norm_after,
+    untouchable,
+    whole,
+)
+from ep_prune.integrations.pruning_moments import (
+    Sums,
+    Wanted,
+    collect,
+    device_memory,
+    fit_in_one,
+    order,
+    quota,
+    targets,
+)
 from ep_prune.integrations.pruning_prior import spread_of
 from ep_prune.integrations.pruning_sites import Site
 from ep_prune.projection import fit, through
@@ -152,7 +171,14 @@ class Merger:
             return  # nothing that can be fitted: the weight stays as it was cut
         weight.data.copy_(site.restore(view, weight.shape))
         scale = (sums.train.yy.sum() / max(sums.train.rows, 1)).sqrt()
-        write_constant(self.graph, name, module, constant.reshape(-1), _origin(self.graph, self.wide, wide, name, outputs), float(scale))
+        write_constant(
+            self.graph,
+            name,
+            module,
+            constant.reshape(-1),
+            _origin(self.graph, self.wide, wide, name, outputs),
+            float(scale),
+        )
 
     def _through_channels(self, name: str, wanted: Wanted, sums: Sums) -> tuple[Tensor, Tensor]:
         wide, site = self.wide.get_submodule(name), wanted.site
@@ -184,7 +210,9 @@ def _nearest(sums: Sums, original: Tensor) -> tuple[Tensor, Tensor]:
     return found.weight, found.intercept
 
 
-def write_constant(graph: Any, name: str, module: nn.Module, constant: Tensor, origin: Tensor | None, scale: float) -> None:
+def write_constant(
+    graph: Any, name: str, module: nn.Module, constant: Tensor, origin: Tensor | None, scale: float
+) -> None:
     """Make `constant` (outputs,) what a module adds: see the module docstring. origin: the batch norm's own mean."""
     if isinstance(module.bias, Tensor):
         module.bias.data.copy_(constant)
@@ -209,7 +237,9 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"the model cannot be copied ({str(error).splitlines()[0][:160]}): pass one that deepcopy takes") from error
+        raise InputError(
+            f"the model cannot be copied ({str(error).splitlines()[0][:160]}): pass one that deepcopy takes"
+        ) from error
     for parameter in twin.parameters():
         parameter.grad = None
         parameter.requires_grad_(False)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ep_prune.integrations.pruning_host import WRITE, Consumer, Group
-from ep_prune.integrations.pruning_sites import Site
+from ep_prune.integrations.pruning_sites import Site, outgoing
 
 DEGREE = 12
 NODES = 96
@@ -52,20 +52,19 @@ def prior(group: Group, consumer: Consumer, count: int) -> tuple[Tensor, Tensor]
     """Mean (count,) and covariance (count, count) of the group's channels, where the consumer reads them."""
     places = _places(group)
     mean, variance = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    writers, activation = _sources(group._DG, consumer.module)
+    found, activation = _sources(group._DG, consumer.module)
+    writers = [(module, writer) for module, writer in found if module in places and len(places[module][0])]
     known = torch.zeros(count, dtype=torch.bool)
     similar = torch.eye(count, dtype=torch.float64)
     for module, writer in writers:
-        rows, channels = places.get(module, (None, None))
-        if rows is None or channels is None or not len(rows):
-            continue
+        rows, channels = places[module]
         shift, spread = _moments(module, rows)
         mean[channels] += shift
         variance[channels] += spread
         known[channels] = True
-        if len(writers) == 1 and writer is not None and getattr(writer, "groups", 1) == 1:
-            unit = F.normalize(_rows(writer)[rows], dim=1)
-            similar[channels.unsqueeze(1), channels] = (unit @ unit.T).clamp(-1, 1)
+        if len(writers) == 1 and writer is not None:
+            unit = F.normalize(outgoing(writer)[rows], dim=1)
+            similar[channels.unsqueeze(1), channels] = (unit @ unit.T).clamp(-1, 1) * _read_alike(writer, rows)
     variance[~known] = 1.0
     similar.fill_diagonal_(1.0)
     return through_activation(mean, variance.sqrt(), similar, activation)
@@ -139,7 +138,9 @@ def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Call
         if node in seen:
             continue
         seen.add(node)
-        depthwise = isinstance(node.module, nn.modules.conv._ConvNd) and node.module.groups == node.module.out_channels > 1
+        depthwise = (
+            isinstance(node.module, nn.modules.conv._ConvNd) and node.module.groups == node.module.out_channels > 1
+        )
         if isinstance(node.module, NORMS):
             before = [n.module for n in node.inputs]
             plain = len(before) == 1 and isinstance(before[0], nn.Linear | nn.modules.conv._ConvNd)
@@ -154,9 +155,10 @@ def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Call
     return found, activation
 
 
-def _rows(layer: Any) -> Tensor:
-    weight = layer.weight.detach().double().cpu()
-    return (weight.transpose(0, 1) if getattr(layer, "transposed", False) else weight).flatten(1)
+def _read_alike(layer: Any, rows: Tensor) -> Tensor:
+    """Whether two outputs read the same inputs: those of one group of a convolution do."""
+    part = rows // (len(outgoing(layer)) // getattr(layer, "groups", 1))
+    return (part.unsqueeze(1) == part).double()
 
 
 def _moments(module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ def _moments(module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
         weight = None if module.weight is None else module.weight.detach().double().cpu()[rows]
         spread = spread if weight is None else weight.square()
     else:
-        spread = _rows(module)[rows].square().sum(1)
+        spread = outgoing(module)[rows].square().sum(1)
     bias = module.bias
     shift = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().double().cpu()[rows]
     return shift, spread

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ep_prune.integrations.pruning_host import WRITE, Consumer, Group
-from ep_prune.integrations.pruning_sites import Site
+from ep_prune.integrations.pruning_sites import Site, outgoing
 from ep_prune.projection import Reading, eliminate
 
 STEP = 1e-5
@@ -92,8 +92,7 @@ def own_size(group: Group) -> Tensor:
     for item in group:
         dep, idxs = item
         if dep.handler in WRITE:
-            weight = dep.target.module.weight.detach().double().cpu()
-            rows = (weight.transpose(0, 1) if getattr(dep.target.module, "transposed", False) else weight).flatten(1)
+            rows = outgoing(dep.target.module)
             pairs = [(i, place[r]) for i, r in zip(idxs, item.root_idxs, strict=True) if r in place]
             chosen, channels = torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
             total.index_add_(0, channels, rows[chosen].square().sum(1) / rows.square().sum().clamp_min(1e-30))

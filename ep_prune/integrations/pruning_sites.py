@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ class Site:
     by_channels: bool
 
     @staticmethod
-    def of(module: nn.Module, stride: int = 1, largest: int = LARGEST) -> Site:
+    def of(module: nn.Module, stride: int = 1, largest: int | None = None) -> Site:
+        """By channels if a patch has more than `largest` columns."""
+        largest = LARGEST if largest is None else largest
         if isinstance(module, nn.Linear):
             return Site(1, 1, stride, False, module.in_features > largest)
         assert isinstance(module, nn.modules.conv._ConvNd)
@@ -50,7 +53,9 @@ class Site:
     def view(self, weight: Tensor) -> Tensor:
         """(g, o, p), or (g, o * spots, c) by channels."""
         if self.transposed:
-            wide = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], self.spots).transpose(1, 2)
+            wide = weight.reshape(
+                self.groups, weight.shape[0] // self.groups, weight.shape[1], self.spots
+            ).transpose(1, 2)
         else:
             wide = weight.reshape(self.groups, weight.shape[0] // self.groups, -1, self.spots)
         return wide.transpose(2, 3).flatten(1, 2) if self.by_channels else wide.flatten(2)
@@ -94,6 +99,14 @@ class Site:
         if isinstance(module, nn.modules.conv._ConvNd):
             y = (y if y.ndim == len(module.kernel_size) + 2 else y.unsqueeze(0)).movedim(1, -1)
         return _some(y.reshape(-1, y.shape[-1]), quota, seed)
+
+
+def outgoing(layer: Any) -> Tensor:
+    """(outputs, .) float64: the weights that write each output of a linear layer or convolution."""
+    weight = layer.weight.detach().double().cpu()
+    if getattr(layer, "transposed", False):
+        weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _chosen(count: int, quota: int, seed: int) -> Tensor | None:

@@ -126,7 +126,9 @@ class RedundancyImportance(tp.importance.Importance):  # type: ignore[misc]
         if self._model is not model or self._mark != mark or not names <= set(self._sites):
             if self._feed is None:
                 fed = isinstance(self.calibration, Feed)
-                self._feed = self.calibration if fed else feed_of(self.calibration, None, model, self.forward, self.samples)
+                self._feed = (
+                    self.calibration if fed else feed_of(self.calibration, None, model, self.forward, self.samples)
+                )
             groups = [group, *group._DG.get_all_groups()]
             self._sites = {
                 c.name: Site.of(c.module, c.stride, SCORED) for g in reversed(groups) for c in host.consumers(g)
@@ -182,7 +184,7 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         given = host.arguments(model, example_inputs, importance, arguments, options)
         self.feed: Feed | None = None
         if calibration is not None:
-            self.feed = feed_of(calibration, example_inputs, model, given["forward_fn"], samples)
+            self.feed = feed_of(calibration, example_inputs, model, given.get("forward_fn"), samples)
         if importance is None:
             given["importance"] = RedundancyImportance(self.feed)
         self._together = self._stepping = self._replaying = self._heads = False
@@ -211,8 +213,10 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if not isinstance(self.importance, RedundancyImportance):
             return self.importance(group)
         attention, layers = self._is_atten_group(group)
-        if attention and self.prune_num_heads and not self.prune_head_dims:
-            return self.importance(group, max(self.num_heads[layer] for layer in layers), contiguous=True)
+        if attention and self.prune_num_heads:
+            # the host takes means over heads and over places in a head: one score for each channel serves both
+            heads = max(self.num_heads[layer] for layer in layers)
+            return self.importance(group, 1 if self.prune_head_dims else heads, contiguous=True)
         return self.importance(group, self._get_channel_groups(group))
 
     def load_pruning_history(self, pruning_history: Any) -> None:
@@ -262,7 +266,9 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _prune_group(self, group: Any, idxs: Any = None, record_history: bool = True) -> None:
         if idxs is not None:
             dep = group[0].dep
-            self.DG.get_pruning_group(dep.target.module, dep.handler, list(idxs)).prune(record_history=record_history)
+            self.DG.get_pruning_group(dep.target.module, dep.handler, list(idxs)).prune(
+                record_history=record_history
+            )
             return
         alone = not self._stepping and not self._replaying
         if alone:
