@@ -177,15 +177,13 @@ STANDARD = {
 }
 
 
-def test_nothing_below_imports_torch_pruning():
+def test_nothing_but_integrations_imports_torch_pruning():
     for path in FILES:
         if layer_of(path) != "integrations":
-            assert "torch_pruning" not in {
-                alias.name
-                for node in ast.walk(parsed(path))
-                if isinstance(node, ast.Import)
-                for alias in node.names
-            }
+            for node in ast.walk(parsed(path)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+                assert "torch_pruning" not in {name.partition(".")[0] for name in names}, path.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

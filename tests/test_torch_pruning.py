@@ -1,4 +1,4 @@
-"""The torch-pruning plug-in: the host's own scripts with one line changed, planted redundancy, the host's hazards."""
+"""The torch-pruning plug-in: the host's scripts with one line changed, planted redundancy, the host's hazards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from ep_prune.errors import InputError
+from ep_prune.integrations import pruning_merge, pruning_sites
+from ep_prune.integrations.pruning_prior import ACTIVATIONS, through_activation
+from ep_prune.integrations.pruning_sites import Site
 from ep_prune.integrations.torch_pruning import EmbeddingPruner, RedundancyImportance
-from ep_prune.projection import Reading
 
 EXACT = 1e-4
 
@@ -33,6 +35,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def difference(before: Tensor, model: nn.Module, x: Tensor) -> float:
     """Largest change of an output, as a share of the outputs' size."""
     return float((model.eval()(x) - before).abs().max() / before.abs().max())
+
+
+@torch.no_grad()
+def error_of(model: nn.Module, target: Tensor, x: Tensor) -> float:
+    """Mean squared error of the outputs, as a share of the target's variance."""
+    return float((model.eval()(x) - target).square().mean() / target.var(0).mean())
 
 
 # ---- models ----------------------------------------------------------------------------------------------
@@ -222,7 +230,7 @@ def test_readme_interactive_script() -> None:
             else:
                 group.prune()
             assert pruning_fn == tp.prune_conv_out_channels
-        macs, _ = tp.utils.count_ops_and_params(model, x[:1])
+        tp.utils.count_ops_and_params(model, x[:1])
         widths.append((model.stem.out_channels, model.b1.out_channels))
     assert widths == [(9, 9), (6, 6)]
     # one entry for every cut: played back on a fresh model, they give the same shapes
@@ -275,17 +283,19 @@ def test_vit_script(options: dict[str, Any], data: bool) -> None:
     assert model(x).isfinite().all()
 
     merged = copy.deepcopy(wide)
-    pruner = prune_vit(merged, EmbeddingPruner, RedundancyImportance(calibration), x, calibration=calibration, **options)
+    pruner = prune_vit(
+        merged, EmbeddingPruner, RedundancyImportance(calibration), x, calibration=calibration, **options
+    )
     after = merged(x)
     assert after.isfinite().all()
     if not options.get("global_pruning"):
         assert merged.attention[0].proj.in_features == model.attention[0].proj.in_features == 12
     if data:
-        target = wide(x)
-        lost = (after - target).square().mean()
-        assert lost < 0.5 * (model(x) - target).square().mean()
+        target = wide(x).detach()
+        lost = error_of(merged, target, x)
+        assert lost < 0.5 * error_of(model, target, x)
         pruner.refit()
-        assert (merged(x) - target).square().mean() < lost
+        assert error_of(merged, target, x) < lost
 
 
 # ---- every pruner of torch-pruning with our importance ------------------------------------------------------
@@ -320,9 +330,10 @@ def test_importance_in_every_pruner(pruner_class: Any, options: dict[str, Any], 
         pruner.update_regularizer()
         model.train()
         model(x).square().mean().backward()
-        pruner.regularize(model, None) if type(pruner) in (EmbeddingPruner, tp.pruner.BasePruner) else (
+        if type(pruner) in (EmbeddingPruner, tp.pruner.BasePruner):
+            pruner.regularize(model, None)
+        else:
             pruner.regularize(model)
-        )
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         model.zero_grad()
         pruner.step()
@@ -378,12 +389,18 @@ def cnn_of_copies(seed: int) -> tuple[nn.Sequential, Tensor]:
     model = normed(
         nn.Sequential(
             nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-            nn.Conv2d(12, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4),
+            nn.Conv2d(12, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Flatten(), nn.Linear(6 * 36, 4),
         )
     )  # fmt: skip
     source = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1])
     with torch.no_grad():
-        for tensor in [*model[0].parameters(), *model[1].parameters(), model[1].running_mean, model[1].running_var]:
+        for tensor in [
+            *model[0].parameters(),
+            *model[1].parameters(),
+            model[1].running_mean,
+            model[1].running_var,
+        ]:
             tensor.copy_(tensor[source].clone())
     return model, random(100, 3, 6, 6, seed=seed)
 
@@ -398,10 +415,8 @@ def linear_combinations(seed: int) -> tuple[nn.Sequential, Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("make", "without_data"), [(mlp_of_copies, True), (cnn_of_copies, True), (linear_combinations, True)]
-)
-def test_planted_redundancy_goes_without_a_change(make: Any, without_data: bool, seed: int) -> None:
+@pytest.mark.parametrize("make", [mlp_of_copies, cnn_of_copies, linear_combinations])
+def test_planted_redundancy_goes_without_a_change(make: Any, seed: int) -> None:
     model, x = make(seed)
     fresh = make(seed + 100)[1]
     before = model.eval()(fresh).detach()
@@ -416,8 +431,7 @@ def test_planted_redundancy_goes_without_a_change(make: Any, without_data: bool,
 
     assert pruned(EmbeddingPruner, calibration=x) <= EXACT
     assert pruned(tp.pruner.MagnitudePruner, tp.importance.MagnitudeImportance()) > 100 * EXACT
-    if without_data:
-        assert pruned(EmbeddingPruner) <= EXACT
+    assert pruned(EmbeddingPruner) <= EXACT  # without data
 
 
 @pytest.mark.parametrize("data", [False, True], ids=["no data", "data"])
@@ -437,7 +451,10 @@ def test_dead_biased_channel_goes_without_a_change(kind: str, data: bool) -> Non
     with torch.no_grad():
         model[0].weight[4], model[0].bias[4] = 0, 1
     before = model.eval()(x).detach()
-    for pruner_class, options in ((EmbeddingPruner, {"calibration": x if data else None}), (tp.pruner.BasePruner, {})):
+    for pruner_class, options in (
+        (EmbeddingPruner, {"calibration": x if data else None}),
+        (tp.pruner.BasePruner, {}),
+    ):
         narrow = copy.deepcopy(model)
         importance = RedundancyImportance(x if data else None)
         pruner_class(
@@ -499,7 +516,9 @@ def test_every_reader_of_a_residual_stream_is_refitted(data: bool) -> None:
         for tensor in (norm.running_mean, norm.running_var):
             tensor.copy_(tensor[HALF[12]].clone())
     before = model.eval()(x).detach()
-    EmbeddingPruner(model, x[:1], calibration=x if data else None, pruning_ratio=0.5, ignored_layers=[model.head]).step()
+    EmbeddingPruner(
+        model, x[:1], calibration=x if data else None, pruning_ratio=0.5, ignored_layers=[model.head]
+    ).step()
     assert model.stem.out_channels == model.b2.out_channels == model.a1.out_channels == 6
     if data:
         assert difference(before, model, x) <= EXACT
@@ -508,9 +527,7 @@ def test_every_reader_of_a_residual_stream_is_refitted(data: bool) -> None:
 
 
 def test_large_patches_are_merged_by_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ep_prune.integrations.pruning_sites as sites
-
-    monkeypatch.setattr(sites, "LARGEST", 4)
+    monkeypatch.setattr(pruning_sites, "LARGEST", 4)
     torch.manual_seed(0)
     model, x = Branches(), random(80, 3, 8, 8)
     for layer in (model.left, model.right, model.deep, model.up, model.fc):
@@ -525,10 +542,8 @@ def test_large_patches_are_merged_by_channels(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_readers_are_refitted_on_what_they_read(one_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep beats cutting by far, in one batch or in several; and both ways come to the same."""
-    import ep_prune.integrations.pruning_merge as merging
-
     if not one_batch:
-        monkeypatch.setattr(merging, "device_memory", lambda _: 0)
+        monkeypatch.setattr(pruning_merge, "device_memory", lambda _: 0)
     torch.manual_seed(0)
     wide, x = normed(Residual()), random(200, 3, 8, 8)
     target = wide(x).detach()
@@ -539,8 +554,81 @@ def test_readers_are_refitted_on_what_they_read(one_batch: bool, monkeypatch: py
         pruner_class(
             model, (x[:1],), readme_importance(), pruning_ratio=0.25, ignored_layers=[model.head], **options
         ).step()
-        errors[name] = float((model.eval()(x) - target).square().mean() / target.var(0).mean())
+        errors[name] = error_of(model, target, x)
     assert errors["ours"] < 0.1 * errors["host"]
+
+
+# ---- the parts ----------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (nn.Linear(5, 4), (7, 5)),
+    "tokens": (nn.Linear(5, 4), (3, 6, 5)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (3, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), (3, 4, 9, 8)),
+    "conv3d": (nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 4, 5)),
+    "groups": (nn.Conv2d(6, 8, 3, groups=2, bias=False), (3, 6, 5, 5)),
+    "same": (nn.Conv2d(4, 6, (4, 3), padding="same"), (3, 4, 6, 5)),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (3, 4, 6, 5)),
+    "circular": (nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"), (3, 4, 6, 5)),
+    "one image": (nn.Conv2d(4, 6, 3), (4, 6, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("quota", [10_000, 5])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
+@torch.no_grad()
+def test_rows_times_the_view_are_what_a_layer_writes(layer: Any, shape: tuple[int, ...], quota: int) -> None:
+    layer, x = copy.deepcopy(layer).double(), random(*shape).double()
+    site = Site.of(layer)
+    rows, written = site.read(layer, x, None, quota, 3), site.written(layer, layer(x), quota, 3)
+    found = (rows @ site.view(layer.weight).transpose(1, 2)).transpose(0, 1).flatten(1)
+    bias = 0 if layer.bias is None else layer.bias
+    assert found.shape == written.shape and torch.allclose(found + bias, written)
+    assert len(written) == min(quota, layer(x).numel() // layer.weight.shape[0])
+    assert torch.equal(site.restore(site.view(layer.weight), layer.weight.shape), layer.weight)
+
+
+TRANSPOSED = nn.ConvTranspose2d(6, 8, (3, 2), groups=2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "stride"), [(nn.Conv2d(6, 8, 3, groups=2), 1), (TRANSPOSED, 1), (nn.Linear(12, 5), 4)]
+)
+def test_views_by_channels_go_back(layer: Any, stride: int) -> None:
+    site = Site.of(layer, stride, largest=0)
+    view = site.view(layer.weight)
+    assert view.shape[2] == 3 and view.numel() == layer.weight.numel()
+    assert torch.equal(site.restore(view, layer.weight.shape), layer.weight)
+    # a channel that nobody reads is a column of zeros
+    with torch.no_grad():
+        layer = copy.deepcopy(layer)
+        if isinstance(layer, nn.Linear):
+            layer.weight[:, 4:8] = 0
+        elif layer.transposed:
+            layer.weight[1] = 0
+        else:
+            layer.weight[:4, 1] = 0
+    assert (site.view(layer.weight)[0, :, 1] == 0).all() and (site.view(layer.weight)[:, :, [0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
+def test_moments_through_an_activation(name: str) -> None:
+    """Beside sampling; copies, scaled ones too, are copies."""
+    factor = random(4, 4, seed=1).double()
+    factor[3] = 2 * factor[2] if name == "relu" else factor[2]
+    spread = factor @ factor.T
+    deviation = spread.diagonal().sqrt()
+    similar = spread / deviation.unsqueeze(1) / deviation
+    mean = torch.tensor([0.3, -0.5, 0.4, 0.8 if name == "relu" else 0.4], dtype=torch.float64)
+    first, covariance = through_activation(mean, deviation, similar, ACTIVATIONS[name])
+    samples = ACTIVATIONS[name](mean + random(400_000, 4, seed=2).double() @ factor.T)
+    size = covariance.diagonal().max()
+    assert torch.allclose(first, samples.mean(0), atol=0.01 * float(size.sqrt()))
+    assert torch.allclose(covariance, samples.T.cov(), atol=0.02 * float(size))
+    ratio = 2 if name == "relu" else 1
+    assert torch.allclose(covariance[3], ratio * covariance[2], rtol=1e-9)
+    assert torch.linalg.eigvalsh(covariance).min() > -1e-9 * size
 
 
 # ---- the host's hazards -------------------------------------------------------------------------------------
@@ -574,10 +662,7 @@ def test_modes_and_frozen_parameters_stay() -> None:
     pruner.step()
     assert model.stem.out_channels == 6 and torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
-    named = dict(model.named_parameters())
-    assert named.pop("head.weight").requires_grad and not any(
-        p.requires_grad for n, p in named.items() if n != "b1.bias"
-    )
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["head.weight"]
 
 
 def test_a_batch_of_one_is_not_taken_apart() -> None:
@@ -677,17 +762,18 @@ def test_a_model_that_needs_its_numbers_set_says_so() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self[2](self[1](self[0](x)).view(-1, 8 if not hasattr(self, "width") else self.width))
 
+    torch.manual_seed(0)
     model, x = Fixed(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), random(64, 6)
     before = model(x).detach()
-    model.head = model[2]
-    del model.head
     pruner = EmbeddingPruner(model, x[:1], calibration=x, pruning_ratio=0.25, ignored_layers=[model[2]])
     with pytest.warns(UserWarning, match=r"does not run .* call refit"):
         pruner.step()
     model.width = 6
-    merged = difference(before, model, x)
+    assert error_of(model, before, x) < 0.1  # merged on what the wide model read
+    with torch.no_grad():
+        model[2].weight.zero_()
     pruner.refit()
-    assert difference(before, model, x) <= merged + 1e-5 < 0.5
+    assert error_of(model, before, x) < 0.1
 
 
 # ---- calibration data ---------------------------------------------------------------------------------------
@@ -698,7 +784,15 @@ def test_calibration_is_a_batch_or_a_loader_with_labels_or_not() -> None:
     wide, x = normed(Residual()), random(32, 3, 8, 8)
     labels = torch.arange(32) % 4
     dataset = torch.utils.data.TensorDataset(x, labels)
-    forms = [x, (x, labels), [x, labels], [x], [(x, labels)], torch.utils.data.DataLoader(dataset, 32), iter([(x,)])]
+    forms = [
+        x,
+        (x, labels),
+        [x, labels],
+        [x],
+        [(x, labels)],
+        torch.utils.data.DataLoader(dataset, 32),
+        iter([(x,)]),
+    ]
     results = []
     for form in forms:
         model = copy.deepcopy(wide)
@@ -725,7 +819,9 @@ def test_dictionaries_and_several_inputs() -> None:
         ((a[:1], b[:1]), [(a, b, torch.zeros(40))]),
     ):
         model = Two()
-        EmbeddingPruner(model, example, calibration=calibration, pruning_ratio=0.5, ignored_layers=[model.head]).step()
+        EmbeddingPruner(
+            model, example, calibration=calibration, pruning_ratio=0.5, ignored_layers=[model.head]
+        ).step()
         assert model.a.out_features == model.b.out_features == 4
 
 
@@ -764,12 +860,14 @@ def test_unknown_refresh_is_named() -> None:
 
 
 def resnet56_at_half(pruner_class: Any, importance: Any, **options: Any) -> tuple[float, list[int]]:
-    """Test accuracy with half of all inner channels. torch-pruning cannot narrow option A's padded streams: all but
-    the blocks' first convolutions is ignored."""
+    """Test accuracy with half of all inner channels. torch-pruning cannot narrow option A's padded streams: all
+    but the blocks' first convolutions is ignored."""
     model = zoo.load_cifar_resnet(56)
     inner = [block.conv1 for stage in (model.layer1, model.layer2, model.layer3) for block in stage]
     others = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in inner]
-    pruner_class(model, (torch.zeros(1, 3, 32, 32),), importance, pruning_ratio=0.5, ignored_layers=others, **options).step()
+    pruner_class(
+        model, (torch.zeros(1, 3, 32, 32),), importance, pruning_ratio=0.5, ignored_layers=others, **options
+    ).step()
     test = zoo.cifar_test(zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
     return zoo.accuracy(model.eval(), *test), [conv.out_channels for conv in inner]
 
@@ -778,10 +876,10 @@ def resnet56_at_half(pruner_class: Any, importance: Any, **options: Any) -> tupl
 @pytest.mark.data
 @zoo.needs_data
 def test_resnet56_at_half_of_its_inner_channels() -> None:
-    """Measured: 88.x % (base 92.6 %) beside 38 %."""
+    """Measured: 89.2 % (base 92.6 %) beside 43.0 %; without data 63.6 %."""
     images, _ = zoo.cifar_train(zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
     ours, widths = resnet56_at_half(EmbeddingPruner, None, calibration=images[:512])
     theirs, same = resnet56_at_half(tp.pruner.MagnitudePruner, tp.importance.MagnitudeImportance(p=2))
     without, _ = resnet56_at_half(EmbeddingPruner, None)
     assert widths == same == [8] * 9 + [16] * 9 + [32] * 9
-    assert ours > 85 and ours > theirs + 30 and without > theirs
+    assert ours > 86 and ours > theirs + 30 and without > theirs + 10

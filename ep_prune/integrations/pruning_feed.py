@@ -34,7 +34,7 @@ class Enough(Exception):
 
 @dataclass(frozen=True)
 class Feed:
-    """Batches, each in the form in which the model is called, of `sizes` samples; `forward(model, batch)` calls it."""
+    """Batches of `sizes` samples, each as the model takes it, by `forward(model, batch)` if given."""
 
     batches: tuple[Any, ...]
     sizes: tuple[int, ...]
@@ -45,7 +45,7 @@ class Feed:
         return sum(self.sizes)
 
     def call(self, model: nn.Module, number: int) -> Any:
-        """One batch. A hook that raises `Enough` ends it early. Raises `InputError` where the model does not run."""
+        """One batch; a hook that raises `Enough` ends it early. Raises `InputError`: the model does not run."""
         try:
             if self.forward is not None:
                 return self.forward(model, self.batches[number])
@@ -54,9 +54,10 @@ class Feed:
         except Enough:
             return None
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:160]
             raise InputError(
-                f"the model does not run on its calibration data ({(str(error) or type(error).__name__).splitlines()[0][:160]}): "
-                "if pruning has changed a shape that the model keeps as a number (num_heads, head_dim), set it first"
+                f"the model does not run on its calibration data ({reason}): if pruning has changed a shape that "
+                "the model keeps as a number (num_heads, head_dim), set it first"
             ) from error
 
     def joined(self) -> Feed | None:
@@ -106,7 +107,9 @@ def _batches(calibration: Any, example: Any) -> Iterable[Any]:
     """A loader as it is; one batch as a loader of one."""
     if isinstance(calibration, Tensor | Mapping):
         return [calibration]
-    if isinstance(calibration, tuple | list) and calibration and isinstance(calibration[0], Tensor):
+    if isinstance(calibration, tuple) and calibration and isinstance(calibration[0], Tensor):
+        return [calibration]
+    if isinstance(calibration, list) and calibration and isinstance(calibration[0], Tensor):
         first = calibration[0]
         alike = all(
             isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] and part.dtype == first.dtype
@@ -181,7 +184,7 @@ def hooked(model: nn.Module, names: Iterable[str], seen: Seen, before: bool = Fa
 
 @dataclass(frozen=True)
 class Course:
-    """One forward pass: the names of its linear layers and convolutions as they were called, and bytes of a sample."""
+    """One forward pass: linear layers and convolutions by name, as they were called, and bytes of a sample."""
 
     calls: tuple[str, ...]
     bytes_a_sample: int

@@ -26,7 +26,7 @@ WRITE = (function.prune_conv_out_channels, function.prune_linear_out_channels)
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A module that reads channels of a group: input `columns` (n,), and which of the group's `channels` (n,) each is."""
+    """A module that reads channels of a group: its input `columns` (n,), and which `channels` (n,) they are."""
 
     name: str
     module: Any
@@ -66,6 +66,7 @@ def consumers(group: Group) -> list[Consumer]:
 
 
 def name_of(group: Group, module: nn.Module) -> str:
+    """A module's name in the model."""
     return str(group._DG._module2name[module])
 
 
@@ -178,9 +179,10 @@ def arguments(
 ) -> dict[str, Any]:
     """The arguments of `tp.pruner.BasePruner`, with its hazards taken out.
 
-    Its default dictionaries are shared by all pruners, and it writes into them: every pruner gets its own. A tensor
-    is unpacked into samples before it is tried as it is: it goes in as a tuple. Types in `ignored_layers` are
-    documented, and passed over: they become the modules of that type. `unwrapped_parameters` may be a dictionary.
+    Its default dictionaries are shared by all pruners, and it writes into them: every pruner gets its own. It
+    takes a tensor apart into samples before it tries it as it is: it goes in as a tuple. It documents types in
+    `ignored_layers` and passes them over: they become the modules of that type. `unwrapped_parameters` is to be a
+    list of pairs, and may be the dictionary that is documented.
     """
     signature = inspect.signature(tp.pruner.BasePruner)
     given = dict(signature.bind(model, example_inputs, importance, *rest, **named).arguments)

@@ -1,13 +1,16 @@
 """The narrow model's weights: least squares from what it still reads to what the wide model wrote.
 
-    Merger.begin()      keeps copies of the model: `wide`, whose outputs are the aim, and `before`, as it was when this
-                        step began. While only pruning changes weights, `wide` stays; after any training it is taken anew
+    Merger.begin()      keeps copies of the model: `wide`, whose outputs are the aim, and `before`, as it was when
+                        this step began. While nothing but pruning changes weights, `wide` stays; after any
+                        training it is taken anew
     Merger.dropped()    a group is gone: which channels are left where
     Merger.merge()      refit modules on the inputs that they had before the step, less the channels that are gone
     Merger.sweep()      refit modules one after the other in the order in which they run, on what the narrow model
                         reads by then: earlier errors are corrected where they can be
+    without_data()      no pass: merge by the moments that weights and batch norms record (`pruning_prior`)
 
 A constant goes into the bias; without one, into the running mean of the batch norm behind; else a bias is made.
+Weights that several modules share, and parametrized ones, are left as they were cut.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from ep_prune.integrations.pruning_sites import Site
 from ep_prune.projection import fit, through
 
 NEARLY_EXACT = 1e-3
-"""Share of the target's variance left over, below which the ridge's own bias counts, and a second fit takes it out."""
+"""Share of the target's variance left over, below which the ridge's own bias counts: a second fit takes it out."""
 NOTHING = 1e-6
 """A constant of less than this share of the outputs' size makes no new bias."""
 
@@ -213,7 +216,7 @@ def _nearest(sums: Sums, original: Tensor) -> tuple[Tensor, Tensor]:
 def write_constant(
     graph: Any, name: str, module: nn.Module, constant: Tensor, origin: Tensor | None, scale: float
 ) -> None:
-    """Make `constant` (outputs,) what a module adds: see the module docstring. origin: the batch norm's own mean."""
+    """Make `constant` (outputs,) what a module adds. origin: the batch norm's own mean, from which it goes off."""
     if isinstance(module.bias, Tensor):
         module.bias.data.copy_(constant)
         return
@@ -222,7 +225,8 @@ def write_constant(
         running: Any = graph.model.get_submodule(norm)
         running.running_mean.copy_(origin - constant.to(origin))
     elif float(constant.norm()) > NOTHING * scale:
-        module.bias = nn.Parameter(constant.to(module.get_parameter("weight")))
+        weight = module.get_parameter("weight")
+        module.bias = nn.Parameter(constant.to(weight), requires_grad=weight.requires_grad)
 
 
 def _origin(graph: Any, wide: nn.Module, module: nn.Module, name: str, outputs: Tensor) -> Tensor | None:
@@ -276,7 +280,7 @@ class Merged:
 
 
 def without_data(group: Group) -> list[Merged]:
-    """What the readers of a group are to be once it is cut, by the moments that weights record (`pruning_prior`)."""
+    """What the readers of a group are to be once it is cut, by the moments that weights record."""
     full = whole(group)
     inputs, outputs = indices(group, READ), indices(group, WRITE)
     kept_out = untouchable(group._DG.model)

@@ -22,8 +22,8 @@ EXACT = 1536
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """One module's sums. keep (n,): those of the narrow model's input channels to look at; outputs (n,): which of the
-    wide model's outputs are still there; wide: how the wide model's module is seen."""
+    """One module's sums. keep (n,): those of the narrow model's input channels to look at; outputs (n,): which of
+    the wide model's outputs are still there; wide: how the wide model's module is seen."""
 
     site: Site
     keep: Tensor | None = None
@@ -57,7 +57,7 @@ def quota(feed: Feed, number: int) -> int:
 
 
 def targets(wanted: Wanted, module: nn.Module, x: Tensor, y: Tensor, most: int, seed: int) -> Tensor:
-    """What a fit is to come near to (g, r, o): the wide model's outputs that are left, or by channels its inputs."""
+    """What a fit is to come near to (g, r, o): the wide model's outputs that are left; by channels, its inputs."""
     if wanted.site.by_channels:
         return (wanted.wide or wanted.site).read(module, x, None, most, seed)
     rows = wanted.site.written(module, y, most, seed)

@@ -1,18 +1,18 @@
-"""What channels are like when there is no data: Gaussian before the activation, with the moments that weights record.
+"""What channels are like when there is no data: Gaussian, with the moments that weights record.
 
-The channels z of a group are written by a convolution or linear layer W, b, most often with a batch norm behind it:
+The channels z of a group are written by a convolution or linear layer W, b, often with a batch norm behind:
 
     with batch norm     z ~ N(beta, gamma^2)            what it has recorded says that its output is like this
     without             z ~ N(b, |W_row|^2)             inputs of unit covariance
-    corr(z_i, z_j)      = <W_i, W_j> / |W_i| |W_j|      inputs of unit covariance; one writer only, else independent
+    corr(z_i, z_j)      = <W_i, W_j> / |W_i| |W_j|      the same; where one layer alone writes, else independent
 
 Through an activation f, with the coefficients c_k of f(mu + sigma t) in Hermite polynomials He_k / sqrt(k!),
 
     E f = c_0        cov(f_i, f_j) = sum_k r^k c_ik c_jk        (Mehler)
 
-where the remainder after `DEGREE` terms counts as one more term: a covariance for sure, and exact for copies (r = 1).
-Where several branches are summed up, means and variances add, and nothing else is known. No statement is made about
-how places in an image go together: taps count as independent.
+where the remainder after `DEGREE` terms counts as one more: a covariance for sure, and exact for copies (r = 1).
+Where several branches are summed up, means and variances add, and nothing else is known. Nothing is said about how
+places in an image go together: taps count as independent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": F.sigmoid,
     "tanh": F.tanh,
 }
-"""By what the name of the gradient function holds, which is how torch-pruning knows an operator; the first one wins."""
+"""By what the gradient function's name holds, which is how torch-pruning knows an operator; the first one wins."""
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -128,7 +128,7 @@ def _places(group: Group) -> dict[Any, tuple[Tensor, Tensor]]:
 
 
 def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Callable[[Tensor], Tensor] | None]:
-    """What a module's input is made of: (norm, the layer before it) or (layer, itself), and the activation between."""
+    """What a module reads, as (norm, the layer before it) or (layer, itself), and the activation between."""
     waiting = list(graph.module2node[module].inputs)
     seen = set()
     found: list[tuple[Any, Any]] = []

@@ -1,9 +1,9 @@
-"""What a channel of a group is worth: what its consumers lose without it, once the channels kept have taken over.
+"""What a channel of a group is worth: what its consumers lose without it, once those kept have taken over.
 
-Channels go one after the other, the cheapest first (`projection.eliminate`); a channel's score is what its own going
-costs, as a share of the variance of what its consumers write, summed up over consumers: comparable over groups. Of two
-copies one costs nothing, and the other one what both do. Scores grow strictly in the order of going, so that the n
-lowest of a group are the n that go well together. The last to go has nothing left to merge into.
+Channels go one after the other, the cheapest first (`projection.eliminate`); a channel's score is what its own
+going costs, as a share of the variance of what its consumers write, summed up over consumers: comparable over
+groups. Of two copies one costs nothing, and the other one what both do. Scores grow strictly in the order of
+going, so that the n lowest of a group are the n that go well together. The last has nothing left to merge into.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def items_of(count: int, parts: int, contiguous: bool = False) -> Tensor:
 
 
 def readings(consumer: Consumer, site: Site, covariance: Tensor, weight: Tensor, items: Tensor) -> list[Reading]:
-    """A consumer as `eliminate` sees it, one for each group of a grouped convolution; together they lose up to 1."""
+    """A consumer as `eliminate` sees it, for each group of a grouped convolution; all it can lose is 1."""
     view = site.view(weight.detach()).double().to(covariance.device)
     total = float(((view @ covariance) * view).sum())
     if not total > 0:
         return []
+    if view.shape[1] > view.shape[2]:
+        view = torch.linalg.qr(view, mode="r").R  # as many rows as columns cost the same
     count = int(items.max()) + 1
     columns, owners = consumer.columns, items[consumer.channels]
     inputs = consumer.module.in_features if isinstance(consumer.module, nn.Linear) else consumer.module.in_channels

@@ -3,8 +3,8 @@
 Two views of a weight, by its size:
 
     patches    (g, o, p): o outputs of each of g groups, p = channels * taps: the patches that it really reads
-    channels   (g, o * taps, c): channels alone, for transposed convolutions and where patches are too large. What is
-               fitted then is not the output but the channels themselves: x_all ~ T x_kept + t, W' = W T
+    channels   (g, o * taps, c): channels alone, for transposed convolutions and where patches are too large. What
+               is fitted then is not the output but the channels themselves: x_all ~ T x_kept + t, W' = W T
 
 `stride`: inputs of a linear layer for each channel of a flattened image, which lie side by side.
 """
@@ -103,7 +103,7 @@ class Site:
 
 def outgoing(layer: Any) -> Tensor:
     """(outputs, .) float64: the weights that write each output of a linear layer or convolution."""
-    weight = layer.weight.detach().double().cpu()
+    weight: Tensor = layer.weight.detach().double().cpu()
     if getattr(layer, "transposed", False):
         weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
@@ -138,5 +138,4 @@ def _patches(module: nn.modules.conv._ConvNd, x: Tensor, quota: int, seed: int) 
     chosen = _chosen(math.prod(places), quota, seed)
     if chosen is not None:
         x = x[torch.unravel_index(chosen.to(x.device), places)]
-        return x.flatten(1)
-    return x.reshape(math.prod(places), -1)
+    return x.reshape(-1, math.prod(x.shape[-1 - count :]))

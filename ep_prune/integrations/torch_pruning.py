@@ -1,4 +1,4 @@
-"""A plug-in for torch-pruning: an importance that knows what can be merged, and a pruner that merges before it drops.
+"""A plug-in for torch-pruning: an importance that knows what can be merged, and a pruner that merges it.
 
 A script that prunes with torch-pruning changes one line. Either the importance, in any of its pruners:
 
@@ -15,7 +15,7 @@ or the pruner:
     pruner = EmbeddingPruner(                           # was: tp.pruner.BasePruner(
         model,
         example_inputs,
-        calibration=loader,                             # a batch or a loader of images, labels or not; some hundreds
+        calibration=loader,                             # a batch or a loader of images; some hundreds, no labels
         pruning_ratio=0.5,
         ignored_layers=[model.fc],
         round_to=8,
@@ -25,13 +25,15 @@ or the pruner:
     torch.save(model, "narrow.pth")
 
 torch-pruning finds the groups of channels that go together, and cuts. What it lacks is what this module adds: the
-channels kept take over what those that go have meant to their readers (`pruning_scores`, `pruning_merge`), as far as
-one layer's least squares can do it, so that less is left to fine-tuning, or nothing.
+channels kept take over what those that go have meant to their readers (`pruning_scores`, `pruning_merge`), as far
+as one layer's least squares can do it, so that less is left to fine-tuning, or nothing. Grade: *fitted*.
 
-Guarantees. Widths, `ignored_layers`, `round_to`, ratios by layer, heads and groups are torch-pruning's own affair and
-come out as it makes them. Training mode, frozen parameters and tied weights are left as they were, where the host
-changes them (`EmbeddingPruner`). What is left out: queries and keys of an attention, LSTMs, `nn.MultiheadAttention`
-and custom layers are cut, not merged; their channels are scored by their other readers. All else: `ep_prune.compress`.
+Widths, `ignored_layers`, `round_to`, ratios by layer, heads and groups are torch-pruning's own affair, and come
+out as it makes them. Training mode, frozen parameters and tied weights are left as they were, where the host changes
+them (`EmbeddingPruner`). Left out: queries and keys of an attention, LSTMs, `nn.MultiheadAttention` and custom
+layers are cut, not merged; their channels are scored by their other readers. Behind zero padding a constant is no
+constant, and is fitted like anything else. Without data nothing is checked; with data, a fit goes as far as rows
+held out allow.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class RedundancyImportance(tp.importance.Importance):  # type: ignore[misc]
     when a shape has changed: for pruners that ask for scores at every batch of sparse training.
 
         imp = RedundancyImportance(calibration=images)
-        pruner = tp.pruner.GroupNormPruner(model, (images[:1],), importance=imp, global_pruning=True, pruning_ratio=0.3)
+        pruner = tp.pruner.GroupNormPruner(model, (images[:1],), importance=imp, global_pruning=True)
         pruner.step()
     """
 
@@ -93,7 +95,7 @@ class RedundancyImportance(tp.importance.Importance):  # type: ignore[misc]
     def __call__(self, group: Any, parts: int | None = None, contiguous: bool = False) -> Tensor:
         """(channels of the group,) float32, larger: worth more.
 
-        parts: channels at the same place of so many equal parts go together (default: those of grouped convolutions
+        parts: channels at the same place of so many equal parts go together (default: the groups of convolutions
         and group norms); contiguous: whole parts go (heads).
         """
         count = len(group[0].idxs)
@@ -145,8 +147,8 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     importance    None: `RedundancyImportance` on the same calibration data
     calibration   a batch or a loader of inputs, labels dropped: readers of pruned channels are refitted by least
-                  squares to what the model wrote before pruning, with an intercept. None: merged by the Gaussian moments
-                  that weights and batch norms record, which takes care of copies, constants and means alone
+                  squares to what the model wrote before pruning, with an intercept. None: merged by the moments
+                  that weights and batch norms record (`pruning_prior`), which know of copies and constants
     samples       of these, at most
 
         pruner = EmbeddingPruner(model, example_inputs, calibration=loader, pruning_ratio=0.5, iterative_steps=2)
@@ -157,12 +159,12 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             # fine-tune here, or not
 
     `step()`: all groups are cut, then their readers are refitted in the order in which they run. In a step of
-    `interactive=True` a group's readers are refitted when `group.prune()` is called, once more in order at the end.
-    The aim is what the model wrote when this pruner first pruned it; after any other change of its weights (training),
-    what it wrote before the step. Two more copies of the model are held.
+    `interactive=True` a group's readers are refitted when `group.prune()` is called, and once more in order after
+    the last one. The aim is what the model wrote when this pruner first pruned it; after any other change of its
+    weights (training), what it wrote before the step. Up to two copies of the model are held.
 
-    If the pruned model does not run as it is, or attention heads have been pruned, there is no second fit: set what the
-    model keeps as numbers (`num_heads`, `head_dim`), then call `refit()`.
+    If the pruned model does not run as it is, or attention heads have been pruned, readers are fitted on what they
+    read before the step: set what the model keeps as numbers (`num_heads`, `head_dim`), then call `refit()`.
 
     A constant goes into the reader's bias, else into the running mean of the batch norm behind it, else the reader
     gets a bias. Groups from `pruner.DG` merge too. Other hazards of the host that are gone here: dictionaries as
@@ -187,7 +189,7 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.feed = feed_of(calibration, example_inputs, model, given.get("forward_fn"), samples)
         if importance is None:
             given["importance"] = RedundancyImportance(self.feed)
-        self._together = self._stepping = self._replaying = self._heads = False
+        self._interactive = self._stepping = self._replaying = self._heads = False
         with host.as_it_was(model), torch.enable_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -199,11 +201,11 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def step(self, interactive: bool = False) -> Any:
         """One step, as `tp.pruner.BasePruner.step`."""
-        self._together = not interactive
+        self._interactive = interactive
         return super().step(interactive)
 
     def refit(self) -> None:
-        """Refit the readers of what the last step has pruned, in order. Raises `InputError` if the model does not run."""
+        """Refit the readers of what the last step has pruned, in order. Raises `InputError`: it does not run."""
         if self.merger is not None:
             self.merger.sweep(Course.of(self.model, self.merger.feed))
             self.merger.end()
@@ -228,21 +230,22 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._replaying = False
 
     def _prune(self) -> Iterator[Any]:
-        together = self._together
+        merged = self._interactive
         self._begin()
-        self._stepping, self._batched = True, together
+        self._stepping = True
         try:
             yield from super()._prune()
         finally:
             self._stepping = False
-        self._finish(together)
+        self._finish(merged)
 
     def _begin(self) -> None:
         self._heads = False
         if self.merger is not None:
             self.merger.begin()
 
-    def _finish(self, together: bool) -> None:
+    def _finish(self, merged: bool) -> None:
+        """Refit in order if the model runs; else, if that is not done, on what it read before."""
         merger = self.merger
         if merger is None or not merger.touched:
             return
@@ -254,7 +257,7 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 warnings.warn(f"{error}, and call refit()", stacklevel=3)
         if course is not None:
             merger.sweep(course)
-        elif together:
+        elif not merged:
             merger.merge(merger.touched)
         merger.end()
 
@@ -287,7 +290,7 @@ class EmbeddingPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             install(self.DG, fit)
         if merger is not None:
             names = merger.dropped(group)
-            if alone or not self._batched:
+            if alone or self._interactive:
                 merger.merge(names)
         if alone:
-            self._finish(together=False)
+            self._finish(merged=True)
