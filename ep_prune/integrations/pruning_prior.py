@@ -2,8 +2,8 @@
 
 The channels z of a group are written by a convolution or linear layer W, b, often with a batch norm behind:
 
-    with batch norm     z ~ N(beta, gamma^2)            what it has recorded says that its output is like this
-    without             z ~ N(b, |W_row|^2)             inputs of unit covariance
+    with a norm         z ~ N(beta, gamma^2)            what it has recorded says that its output is like this
+    without             z ~ N(b, |W_row|^2)             inputs of unit covariance: the scale is a guess
     corr(z_i, z_j)      = <W_i, W_j> / |W_i| |W_j|      the same; where one layer alone writes, else independent
 
 Through an activation f, with the coefficients c_k of f(mu + sigma t) in Hermite polynomials He_k / sqrt(k!),
@@ -11,8 +11,10 @@ Through an activation f, with the coefficients c_k of f(mu + sigma t) in Hermite
     E f = c_0        cov(f_i, f_j) = sum_k r^k c_ik c_jk        (Mehler)
 
 where the remainder after `DEGREE` terms counts as one more: a covariance for sure, and exact for copies (r = 1).
-Where several branches are summed up, means and variances add, and nothing else is known. Nothing is said about how
-places in an image go together: taps count as independent.
+Where the scale is a guess, the mean is f(b): what is constant for sure goes into a bias, and nothing else. Where
+several branches are summed up, means and variances add, and nothing else is known. Behind a product (gates,
+attention) nothing is known at all: independent, mean 0, variance 1. Nothing is said about how places in an image go
+together: taps count as independent.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from ep_prune.integrations.pruning_sites import Site, outgoing
 
 DEGREE = 12
 NODES = 96
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
     "leakyrelu": F.leaky_relu,
     "relu": F.relu,
     "hardtanh": F.relu6,
@@ -45,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": F.tanh,
 }
 """By what the gradient function's name holds, which is how torch-pruning knows an operator; the first one wins."""
+PRODUCTS = ("mulbackward", "divbackward", "bmmbackward", "attention", "softmax")
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -52,22 +56,26 @@ def prior(group: Group, consumer: Consumer, count: int) -> tuple[Tensor, Tensor]
     """Mean (count,) and covariance (count, count) of the group's channels, where the consumer reads them."""
     places = _places(group)
     mean, variance = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    found, activation = _sources(group._DG, consumer.module)
+    found, activation, known = _sources(group._DG, consumer.module)
+    if not known:
+        return torch.zeros(count, dtype=torch.float64), torch.eye(count, dtype=torch.float64)
     writers = [(module, writer) for module, writer in found if module in places and len(places[module][0])]
-    known = torch.zeros(count, dtype=torch.bool)
+    written, measured = torch.zeros(2, count, dtype=torch.bool)
     similar = torch.eye(count, dtype=torch.float64)
     for module, writer in writers:
         rows, channels = places[module]
-        shift, spread = _moments(module, rows)
+        shift, spread = _moments(module, writer, rows)
         mean[channels] += shift
         variance[channels] += spread
-        known[channels] = True
+        written[channels] = True
+        measured[channels] |= _has_recorded(module)
         if len(writers) == 1 and writer is not None:
             unit = F.normalize(outgoing(writer)[rows], dim=1)
             similar[channels.unsqueeze(1), channels] = (unit @ unit.T).clamp(-1, 1) * _read_alike(writer, rows)
-    variance[~known] = 1.0
+    variance[~written] = 1.0
     similar.fill_diagonal_(1.0)
-    return through_activation(mean, variance.sqrt(), similar, activation)
+    first, covariance = through_activation(mean, variance.sqrt(), similar, activation)
+    return torch.where(measured, first, mean if activation is None else activation(mean)), covariance
 
 
 def spread_of(group: Group, consumer: Consumer, site: Site, count: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +97,7 @@ def spread_of(group: Group, consumer: Consumer, site: Site, count: int) -> tuple
 
 
 def through_activation(
-    mean: Tensor, deviation: Tensor, similar: Tensor, activation: Callable[[Tensor], Tensor] | None
+    mean: Tensor, deviation: Tensor, similar: Tensor, activation: Activation | None
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of f(mean + deviation t), t standard normal with correlations `similar`."""
     if activation is None:
@@ -127,12 +135,12 @@ def _places(group: Group) -> dict[Any, tuple[Tensor, Tensor]]:
     return found
 
 
-def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Callable[[Tensor], Tensor] | None]:
-    """What a module reads, as (norm, the layer before it) or (layer, itself), and the activation between."""
+def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Activation | None, bool]:
+    """What a module reads, as (norm, the layer before it) or (layer, itself); the activation between; is it all."""
     waiting = list(graph.module2node[module].inputs)
     seen = set()
     found: list[tuple[Any, Any]] = []
-    activation = None
+    activation, known = None, True
     while waiting:
         node = waiting.pop(0)
         if node in seen:
@@ -151,8 +159,9 @@ def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Call
             name = str(node.module).lower()
             kinds = [f for key, f in ACTIVATIONS.items() if key in name] if "elementwise" in name else []
             activation = activation or (kinds[0] if kinds else None)
+            known &= not any(product in name for product in PRODUCTS)
             waiting += node.inputs
-    return found, activation
+    return found, activation, known
 
 
 def _read_alike(layer: Any, rows: Tensor) -> Tensor:
@@ -161,14 +170,23 @@ def _read_alike(layer: Any, rows: Tensor) -> Tensor:
     return (part.unsqueeze(1) == part).double()
 
 
-def _moments(module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _has_recorded(module: Any) -> bool:
+    """Whether outputs have the mean and variance that a module's parameters say: a norm that has seen data."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        assert module.running_var is not None
+        return bool((module.running_mean != 0).any() or (module.running_var != 1).any())
+    return isinstance(module, NORMS)
+
+
+def _moments(module: Any, writer: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of some outputs of a norm, or of a layer that reads inputs of unit covariance."""
+    shift, spread = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.float64)
+    if writer is not None and not _has_recorded(module):
+        spread = outgoing(writer)[rows].square().sum(1)
+        shift = shift if writer.bias is None else writer.bias.detach().double().cpu()[rows]
     if isinstance(module, NORMS):
-        spread = torch.ones(len(rows), dtype=torch.float64)
-        weight = None if module.weight is None else module.weight.detach().double().cpu()[rows]
-        spread = spread if weight is None else weight.square()
-    else:
-        spread = outgoing(module)[rows].square().sum(1)
-    bias = module.bias
-    shift = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.detach().double().cpu()[rows]
+        gain = 1.0 if module.weight is None else module.weight.detach().double().cpu()[rows]
+        shift, spread = shift * gain, spread * gain**2
+        if module.bias is not None:
+            shift = shift + module.bias.detach().double().cpu()[rows]
     return shift, spread

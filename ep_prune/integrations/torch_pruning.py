@@ -29,11 +29,11 @@ channels kept take over what those that go have meant to their readers (`pruning
 as one layer's least squares can do it, so that less is left to fine-tuning, or nothing. Grade: *fitted*.
 
 Widths, `ignored_layers`, `round_to`, ratios by layer, heads and groups are torch-pruning's own affair, and come
-out as it makes them. Training mode, frozen parameters and tied weights are left as they were, where the host changes
+out as it makes them. Training mode, frozen parameters and tied weights stay as they were, where the host changes
 them (`EmbeddingPruner`). Left out: queries and keys of an attention, LSTMs, `nn.MultiheadAttention` and custom
 layers are cut, not merged; their channels are scored by their other readers. Behind zero padding a constant is no
-constant, and is fitted like anything else. Without data nothing is checked; with data, a fit goes as far as rows
-held out allow.
+constant, and is fitted like anything else. Without data nothing is checked; with data, rows held out say how far a
+fit may go.
 """
 
 from __future__ import annotations
