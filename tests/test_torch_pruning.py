@@ -539,6 +539,25 @@ def test_large_patches_are_merged_by_channels(monkeypatch: pytest.MonkeyPatch) -
     assert difference(before, model, x) <= EXACT
 
 
+@pytest.mark.parametrize("data", [False, True], ids=["no data", "data"])
+def test_a_reader_that_runs_twice(data: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.read, self.head = nn.Linear(6, 8), nn.Linear(8, 5, bias=False), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.read(F.relu(self.first(x)))) - self.read(F.relu(self.first(-x))))
+
+    torch.manual_seed(0)
+    model, x = Twice(), random(200, 6)
+    copied(model.first, HALF[8])
+    before = model(x).detach()
+    options = {"pruning_ratio": 0.5, "ignored_layers": [model.read, model.head]}
+    EmbeddingPruner(model, x[:1], calibration=x if data else None, **options).step()
+    assert model.first.out_features == 4 and difference(before, model, x) <= EXACT
+
+
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_readers_are_refitted_on_what_they_read(one_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep beats cutting by far, in one batch or in several; and both ways come to the same."""

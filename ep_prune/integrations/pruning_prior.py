@@ -13,8 +13,8 @@ Through an activation f, with the coefficients c_k of f(mu + sigma t) in Hermite
 where the remainder after `DEGREE` terms counts as one more: a covariance for sure, and exact for copies (r = 1).
 Where the scale is a guess, the mean is f(b): what is constant for sure goes into a bias, and nothing else. Where
 several branches are summed up, means and variances add, and nothing else is known. Behind a product (gates,
-attention) nothing is known at all: independent, mean 0, variance 1. Nothing is said about how places in an image go
-together: taps count as independent.
+attention) nothing is known at all: independent, mean 0, variance 1. Nothing is said about how places in an image
+go together: taps count as independent.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _places(group: Group) -> dict[Any, tuple[Tensor, Tensor]]:
 
 
 def _sources(graph: Any, module: nn.Module) -> tuple[list[tuple[Any, Any]], Activation | None, bool]:
-    """What a module reads, as (norm, the layer before it) or (layer, itself); the activation between; is it all."""
+    """What a module reads, as (norm, the layer before it) or (layer, itself); the activation; is that all."""
     waiting = list(graph.module2node[module].inputs)
     seen = set()
     found: list[tuple[Any, Any]] = []
