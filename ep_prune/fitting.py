@@ -302,7 +302,7 @@ def _fit_reader(
     mask = kept[reader.columns]
     lengths = mask.sum(1)
     if bool((lengths != lengths[0]).any()):  # groups that are gone: their columns are never read
-        mask[lengths == 0] = mask[lengths.argmax()]
+        mask[lengths == 0] = mask[lengths.argmax()].clone()
     columns = mask.nonzero()[:, 1].reshape(len(mask), -1).to(device)
     view = reader.view(weight).double()
     gain = _gain(program, reader)
