@@ -147,6 +147,9 @@ class Structure:
             if reader.kept_whole and not bool(self.pinned[reader.roots].all()):
                 self.untouched[reader.node.layer or reader.name] = reader.kept_whole
                 self.pinned[reader.roots] = True
+        program.rooms |= {
+            r.node: (str(r.constant), r.op.layout.axis) for r in self.readers if r.new_bias is not None
+        }
         self._selection = select(self.numbering)
         self.spaces = self._spaces()
 
