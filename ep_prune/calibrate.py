@@ -29,6 +29,8 @@ Values = dict[Node | str, Any]
 """By node; and by name the biases that are yet to be made (`Program.rooms`)."""
 CHUNK = 64
 """Samples in a chunk, at most."""
+CHUNKS = 8
+"""Chunks, where samples are few: some are to be fitted on, some choose the ridge, some are held out."""
 LEAST = 4
 """Calibration samples, at least: two to fit on and two to measure on."""
 SAMPLES = 1024
@@ -99,9 +101,8 @@ def samples_of(
         raise InputError(f"calibration holds {count} samples: pass at least {LEAST}, some hundreds are good")
     if all(bool((torch.cat(part)[:used] == part[0][:1]).all()) for part in parts):
         raise InputError(f"all {used} samples of the calibration data are the same: pass inputs that differ")
-    size = used // math.ceil(used / largest)
-    chunks = max(2, used // size) if used >= 2 * size else 2
-    size = min(size, used // chunks)
+    chunks = max(math.ceil(used / largest), min(CHUNKS, used // 2))
+    size = used // chunks
     joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]
     return Samples(tuple(zip(*joined, strict=True)), size, count, size * chunks, example)
 
