@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ep_prune.calibrate import Program, Rows, Values
 from ep_prune.divergence import divergence, own_answer_loss
+from ep_prune.errors import InputError
 from ep_prune.graph import Node
 from ep_prune.projection import Moments, Reading, eliminate, fit, through, weighted
 from ep_prune.readers import Free, Reader, Structure, reads
@@ -128,6 +129,10 @@ def importances(program: Program, readers: Sequence[Reader], chunks: Chunks, see
                 values[node] = value
                 program.release(node, values)
             loss = own_answer_loss([values[node] for node in program.graph.outputs], generator)
+            if not loss.requires_grad:
+                if reached:
+                    raise InputError("no floating output follows from the weights: let the model return its scores")
+                return {}
             found = torch.autograd.grad(loss, [value for _, value in reached], allow_unused=True)
         for (reader, value), gradient in zip(reached, found, strict=True):
             whole = Rows(reader.node, reader.op, value.numel(), generator)
