@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,7 +89,7 @@ def compress(
         calibration: batches like example_inputs, or a loader of (inputs, labels), whose labels are not read; None:
             seeded synthetic inputs with the moments that batch norm recorded.
         keep_macs, keep_params: what may stay of multiply-accumulates, of parameters: a share of the given model's
-            (a float up to 1), or an absolute number (an int above 1).
+            (up to 1), or an absolute number (above 1).
         latency: milliseconds that one call on example_inputs may take here, measured.
         tol: the largest change of any output that is accepted on held-out calibration inputs, relative to that
             output's largest absolute value.
@@ -141,8 +142,14 @@ class _Asked:
         if all(value is None for value in named.values()):
             raise InputError("no budget: pass keep_macs=, keep_params=, latency=, tol= or max_drop= with evaluate=")
         for name, value in named.items():
-            if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or "keep" not in name)):
-                raise InputError(f"{name}={value} is no budget: it must be a number above 0")
+            if value is None:
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            share = name.startswith("keep")
+            if not number or not (math.isfinite(value) and value >= 0 and (value > 0 or not share)):
+                raise InputError(f"{name}={value!r} is no budget: it must be a number above 0")
+            if share and value > 1 and value != int(value):
+                raise InputError(f"{name}={value!r} is neither a share up to 1 nor a whole number: pass one of these")
         if (self.max_drop is None) != (self.evaluate is None):
             raise InputError("max_drop= and evaluate= go together: evaluate(model) gives the figure that may drop")
         if self.round_to < 1:
@@ -323,7 +330,7 @@ class _Work:
             if value is None:
                 found.append(None)
                 continue
-            target = value * before if isinstance(value, float) and value <= 1 else value
+            target = value * before if value <= 1 else value
             found.append(max(int(target) - (base - own), 0))
         return Budget(*found)
 
