@@ -405,8 +405,7 @@ def _chosen(work: _Work, path: Path, asked: _Asked) -> Tensor:
         return _within(work, path, asked)
     reference = None
     if asked.evaluate is not None:
-        reference = asked.evaluate(copy.deepcopy(work.wide))
-        work.evaluations += 1
+        reference = _figure(work, asked.evaluate, work.wide)
     counted = len(path.states) - 1 if asked.keep_macs is not None or asked.keep_params is not None else 0
 
     def good(state: Tensor) -> bool:
@@ -417,23 +416,37 @@ def _chosen(work: _Work, path: Path, asked: _Asked) -> Tensor:
 
     if asked.latency is not None:  # the widest that is fast enough, if the other budgets allow it
         return _fast_enough(work, path, asked, good)
-    found = path.search(good, TRIALS)
-    if found is None:
-        if asked.tol is not None and asked.max_drop is None:
-            return path.states[0]
-        raise InputError(f"max_drop={asked.max_drop} cannot be met: the exactly reduced model drops by more already")
-    if counted and not torch.equal(found, path.states[-1]):
+    if counted:  # the end of the path is the widest model of the counted budgets: it alone is in question
+        if good(path.states[-1]):
+            return path.states[-1]
         raise InputError("the budgets cannot be met together: allow a larger max_drop or tol, or keep more")
-    return found
+    found = path.search(good, TRIALS)
+    if found is not None:
+        return found
+    if asked.max_drop is None or good(path.states[0]):
+        return path.states[0]
+    raise InputError(f"max_drop={asked.max_drop} cannot be met: the exactly reduced model drops by more already")
 
 
 def _faithful(work: _Work, asked: _Asked, narrow: nn.Module, held: _Held, reference: float | None) -> bool:
     if asked.tol is not None and held.change > asked.tol:
         return False
     if asked.evaluate is not None and asked.max_drop is not None and reference is not None:
-        work.evaluations += 1
-        return reference - asked.evaluate(copy.deepcopy(narrow)) <= asked.max_drop
+        return reference - _figure(work, asked.evaluate, narrow) <= asked.max_drop
     return True
+
+
+def _figure(work: _Work, evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """What the user's `evaluate` says of a copy of a model."""
+    work.evaluations += 1
+    found = evaluate(copy.deepcopy(model))
+    try:
+        figure = float(found)
+    except (TypeError, ValueError):
+        figure = math.nan
+    if math.isnan(figure):
+        raise InputError(f"evaluate(model) gave {found!r}: let it return a number, higher for a better model")
+    return figure
 
 
 def _within(work: _Work, path: Path, asked: _Asked) -> Tensor:
