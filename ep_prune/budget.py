@@ -190,7 +190,7 @@ def descend(
 
     while True:
         here = state()
-        over = _excess(structure, path.kept(here), budget)
+        over = excess(structure, path.kept(here), budget)
         if budget is not None and over == 0:
             break
         moves, change, macs, size = options(AHEAD)
@@ -228,7 +228,7 @@ def _give_back(
         for k in worth.argsort(descending=True).tolist():
             space, place = moves[k]
             before, at[space] = at[space], place
-            if _excess(structure, path.kept(state()), budget) == 0:
+            if excess(structure, path.kept(state()), budget) == 0:
                 path.states.append(state())
                 break
             at[space] = before
@@ -247,7 +247,8 @@ def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tens
     return total
 
 
-def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+def excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+    """By how much the kept channels exceed a budget, counts summed up; 0: within it."""
     if budget is None:
         return 1
     over = 0 if budget.macs is None else max(structure.macs(kept) - budget.macs, 0)

@@ -21,7 +21,7 @@ import numbers
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from ep_prune.budget import Budget, Path, allowed_widths, descend
+from ep_prune.budget import Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, SAMPLES, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Width
 from ep_prune.cost import Cost, cost
@@ -167,12 +167,13 @@ class _Asked:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """What held-out samples say of a narrow model: divergence, equal decisions, largest relative change."""
+    """What held-out samples say of a narrow model: divergence, equal decisions, largest relative change. errors: of
+    every weight that was fitted."""
 
     divergence: float
     agreement: float | None
     change: float
-    answers: tuple[float, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Work:
@@ -185,7 +186,6 @@ class _Work:
         self.notes: list[str] = []
         self.evaluations = 0
         self.fits: dict[tuple[int, ...], tuple[nn.Module, Plan, _Held]] = {}
-        self.errors: dict[str, float] = {}
 
     @staticmethod
     def of(
@@ -315,7 +315,13 @@ class _Work:
             return min_width.get(name, 1) if isinstance(min_width, Mapping) else min_width
 
         allowed = allowed_widths(self.structure, found, round_to, least)
-        return descend(self.structure, found, allowed, self._counted(asked))
+        budget = self._counted(asked)
+        if budget is not None and asked.latency is not None:  # the latency may ask for less than what is counted
+            path = descend(self.structure, found, allowed, None)
+            within = [state for state in path.states if excess(self.structure, path.kept(state), budget) == 0]
+            if within:
+                return replace(path, states=within)
+        return descend(self.structure, found, allowed, budget)
 
     def _counted(self, asked: _Asked) -> Budget | None:
         """The budgets that can be counted, in terms of what the structure counts."""
@@ -345,32 +351,34 @@ class _Work:
         fit, _, held = self._split()
         rounds = list(self.reduced.plan.rounds)
         narrow = copy.deepcopy(self.reduced.model)
+        errors: dict[str, float] = {}
         if not bool(kept.all()):
-            own, self.errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
+            own, errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
             if (why := self._same(kept, own)) is not None:
                 raise VerificationError(f"the narrow model is not what was fitted ({why}): please report this model")
             step = self.structure.round(kept, own)
             apply_round_(narrow, step)
             rounds.append(step)
         plan = Plan(tuple(rounds), fingerprint(self.wide.state_dict()), self.reduced.plan.notes)
-        return narrow, plan, self._held(narrow, held)
+        return narrow, plan, self._held(narrow, held, errors)
 
-    def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]]) -> _Held:
+    def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> _Held:
         narrow = copy.deepcopy(narrow).float()
-        losses, equal, change, size = [], [], 0.0, 0.0
+        losses, equal = [], []
+        worst: dict[int, tuple[float, float]] = {}
         for chunk in held:
             wide = self.program.finish(self.program.begin(chunk, {}), {})
             found = _tensors(run(narrow, self.samples.call(chunk)))
             losses.append(divergence(wide, found))
             same = agreement(wide, found)
             equal += [] if same is None else [same]
-            for a, b in zip(wide, found, strict=True):
+            for place, (a, b) in enumerate(zip(wide, found, strict=True)):
                 if a.is_floating_point() and a.numel():
-                    change = max(change, float((a - b).abs().nan_to_num(torch.inf).max()))
-                    size = max(size, float(a.abs().max()))
-        return _Held(
-            statistics.fmean(losses), statistics.fmean(equal) if equal else None, change / size if size else change
-        )
+                    change, size = worst.get(place, (0.0, 0.0))
+                    new = float((a - b).abs().nan_to_num(torch.inf).max())
+                    worst[place] = max(change, new), max(size, float(a.abs().max()))
+        change = max((change / size if size else change for change, size in worst.values()), default=0.0)
+        return _Held(statistics.fmean(losses), statistics.fmean(equal) if equal else None, change, errors)
 
     def report(self, narrow: nn.Module, held: _Held, asked: _Asked, seconds: float) -> CompressReport:
         after = cost(narrow, self.example)
@@ -386,7 +394,7 @@ class _Work:
             divergence=held.divergence,
             agreement=held.agreement,
             change=held.change,
-            errors=dict(self.errors),
+            errors=dict(held.errors),
             samples_given=self.samples.given,
             samples_used=self.samples.used,
             evaluations=self.evaluations,
