@@ -295,8 +295,11 @@ class _Work:
         if [t.shape for t in found] != [t.shape for t in expected]:
             return "its outputs have other shapes"
         for a, b in zip(expected, found, strict=True):
-            if a.is_floating_point() and float((a - b).abs().max()) > SAME * max(float(a.abs().max()), 1e-30):
-                return f"its outputs differ by {float((a - b).abs().max()):.1e}"
+            if a.is_floating_point() and a.numel():
+                known = a.isfinite()  # where the fitted network overflows, so may the narrow one
+                a, b = torch.where(known, a, 0.0), torch.where(known, b, 0.0)
+                if not float((a - b).abs().max()) <= SAME * max(float(a.abs().max()), 1e-30):
+                    return f"its outputs differ by {float((a - b).abs().max()):.1e}"
         return None
 
     # ---- the path and its places ------------------------------------------------------------------------
