@@ -331,17 +331,16 @@ class _Work:
         if asked.keep_macs is None and asked.keep_params is None:
             return None
         whole = self.structure.everything()
-        found = []
-        for value, before, base, own in (
-            (asked.keep_macs, self.before.macs, self.base.macs, self.structure.macs(whole)),
-            (asked.keep_params, self.before.parameters, self.base.parameters, self.structure.size(whole)),
-        ):
-            if value is None:
-                found.append(None)
-                continue
-            target = value * before if value <= 1 else value
-            found.append(max(int(target) - (base - own), 0))
-        return Budget(*found)
+        given = self.before.macs, self.before.parameters
+        others = self.base.macs - self.structure.macs(whole), self.base.parameters - self.structure.size(whole)
+
+        def left(value: float | None, before: int, other: int) -> int | None:
+            return None if value is None else max(int(value * before if value <= 1 else value) - other, 0)
+
+        macs, size = (
+            left(v, b, o) for v, b, o in zip((asked.keep_macs, asked.keep_params), given, others, strict=True)
+        )
+        return Budget(macs, size, given, others)
 
     def narrow(self, path: Path, state: Tensor) -> tuple[nn.Module, Plan, _Held]:
         """The model at one place of the path, its plan, and what held-out samples say of it."""
