@@ -33,7 +33,7 @@ from ep_prune.budget import Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, SAMPLES, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Width
 from ep_prune.cost import Cost, cost
-from ep_prune.divergence import agreement, divergence
+from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import curves, fitted, importances, moments
 from ep_prune.pipeline import Result, protected, reduce
@@ -201,6 +201,7 @@ class _Work:
         work.samples = samples_of(calibration, example, work.model, samples, CHUNK)
         work._trace()
         work._limit_memory()
+        work._note_classes()
         frozen = dict(protected(work.program.graph, protect))
         frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
         work.frozen = frozen
@@ -237,6 +238,15 @@ class _Work:
             chunks = self.samples.chunks[:most]
             self.samples = replace(self.samples, chunks=chunks, used=most * size)
             self.notes.append(f"{most * size} of {self.samples.given} samples used: activations of more would not fit")
+
+    def _note_classes(self) -> None:
+        """Say so where the samples are of few classes: on others nothing is fitted, and nothing is measured."""
+        seen = classes_seen(self.program.finish(self.program.begin(c, {}), {}) for c in self.samples.chunks)
+        if seen is not None and 2 * seen[0] <= min(seen[1:]):
+            self.notes.append(
+                f"calibration covers {seen[0]} of {seen[1]} classes, as the model answers: how the narrow one answers "
+                "to inputs of the others is unknown"
+            )
 
     def _split(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """Chunks to fit on, to measure curves on (some of these), and held out."""
