@@ -228,7 +228,8 @@ def curves(
     for place, node in enumerate(program.nodes):
         for space, readers in first.get(node, ()):
             readings = [
-                _reading(r, space.roots, covariances[r.name], metrics[r.name], graph.tensors[r.name]) for r in readers
+                _reading(r, space.roots, covariances[r.name], metrics[r.name], graph.tensors[r.name])
+                for r in [r for r in readers if not r.depthwise] or readers
             ]
             count = len(space.roots)
             whole = bool(torch.isin(space.longest, space.roots).all())

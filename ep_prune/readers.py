@@ -28,6 +28,7 @@ from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwi
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
+from ep_prune.slots import Groups, Slots
 from ep_prune.spaces import spaces
 
 LARGEST = 4700
@@ -72,6 +73,11 @@ class Reader:
     @property
     def kernel(self) -> tuple[int, ...]:
         return tuple((self.op.weight.shape or ())[2:])
+
+    @property
+    def depthwise(self) -> bool:
+        """Groups of one input: what goes takes its outputs along, and nothing is to be made up for."""
+        return self.op.layout.groups > 1 and self.roots.numel() == self.op.layout.groups
 
     def view(self, weight: Tensor) -> Tensor:
         """(G, O/G, P), or (1, O * taps * q, R) by channels."""
@@ -130,6 +136,7 @@ class Structure:
     ) -> None:
         self.graph = graph = program.graph
         self.numbering = number_channels(graph)
+        _join_depthwise(self.numbering.slots)
         self.roots = self.numbering.slots.roots()
         self.count = self.numbering.slots.count
         self.parameters = set(parameters)
@@ -271,6 +278,13 @@ class Structure:
             if name not in done and not bool(keep.all()):
                 cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
         return Round(cuts=tuple(cuts), refits=tuple(refits))
+
+
+def _join_depthwise(slots: Slots) -> None:
+    """A group of one input goes as a whole: its input and its outputs are one channel."""
+    for constraint in slots.constraints:
+        if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
+            slots.unify(constraint.inputs, constraint.outputs)
 
 
 def _spots(roots: Tensor) -> tuple[Tensor, Tensor | None]:
