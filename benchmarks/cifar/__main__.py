@@ -135,12 +135,13 @@ def run(setting: Setting, methods: Iterable[Method], log: Log) -> None:
                 log.add(setting.failed(method, error))
             continue
         for method in asked:
-            if method.base is None:
-                log.add(setting.measured(method, narrow, seconds))
-            else:
-                start = time.perf_counter()
-                renewed = reestimated(narrow, setting.calibration)
-                log.add(setting.measured(method, renewed, seconds + time.perf_counter() - start))
+            try:
+                start, result = time.perf_counter(), narrow
+                if method.base is not None:
+                    result = reestimated(narrow, setting.calibration)
+                log.add(setting.measured(method, result, seconds + time.perf_counter() - start))
+            except Exception as error:  # so is one whose result does not run
+                log.add(setting.failed(method, error))
 
 
 def machine() -> dict[str, Any]:

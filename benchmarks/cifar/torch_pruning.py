@@ -94,11 +94,11 @@ class Host:
                 parameter.grad = self.gradients[name].clone()
         return narrow
 
-    def pruner(self, model: nn.Module, **options: Any) -> Any:
+    def pruner(self, model: nn.Module, importance: Any = None, **options: Any) -> Any:
         return tp.pruner.MagnitudePruner(
             model,
             (self.example,),
-            self.importance(),
+            importance or self.importance(),
             ignored_layers=[model.get_submodule(name) for name in self.ignored],
             in_channel_groups={},
             out_channel_groups={},
@@ -113,7 +113,7 @@ class Host:
         self.ignored = self._classifiers(layers)
         trial = copy.deepcopy(self.model)
         try:
-            self.pruner(trial, pruning_ratio=0.3).step()
+            self.pruner(trial, tp.importance.MagnitudeImportance(), pruning_ratio=0.3).step()
             with torch.no_grad():
                 trial(self.example)
         except Exception as error:  # whatever the host or the pruned network raises
