@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from benchmarks.cifar import ours, torch_pruning
+from benchmarks.cifar import folding, interpolative, least_squares, merging, ours, torch_pruning
 from benchmarks.cifar.batch_norm import reestimated
 
 Run = Callable[[nn.Module, Tensor, float, int], nn.Module]
 RE_ESTIMATED = " + BN"
 OURS = "ours"
+OWN = "our implementation from the paper,"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,22 @@ def _registry() -> dict[str, Method]:
     plain = [
         Method(name, run, f"torch-pruning 1.6.1: {about}") for name, (run, about) in torch_pruning.RUNS.items()
     ]
+    plain += [
+        Method("after Neuron Merging", merging.run, f"{OWN} Kim et al. (NeurIPS 2020); one ratio, inner channels"),
+        Method(
+            "after GRAIL",
+            least_squares.run,
+            f"{OWN} Tang et al. (2026): per-channel least squares; L1, one ratio, inner channels",
+        ),
+        *(
+            Method(name, run, f"{OWN} Chee et al. (NeurIPS 2022): {about}")
+            for name, (run, about) in interpolative.RUNS.items()
+        ),
+    ]
     found = [part for method in plain for part in (method, _with_batch_norm(method))]
+    found += [
+        Method(name, run, f"{OWN} Wang et al. (ICLR 2025): {about}") for name, (run, about) in folding.RUNS.items()
+    ]
     found.append(Method(OURS, ours.run, "ep_prune.compress"))
     return {method.name: method for method in found}
 
