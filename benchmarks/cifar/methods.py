@@ -31,6 +31,11 @@ class Method:
     about: str
     base: str | None = None
 
+    @property
+    def family(self) -> str:
+        """The name without what is done afterwards."""
+        return self.name.partition(" + ")[0]
+
     def __call__(self, model: nn.Module, images: Tensor, keep_macs: float, seed: int) -> nn.Module:
         return self.run(model, images, keep_macs, seed)
 

@@ -11,8 +11,8 @@ from benchmarks.cifar.methods import METHODS, OURS
 
 
 def plot(rows: list[Any], bases: dict[str, float], path: Path) -> None:
-    """Lines where a network has several budgets, bars where it has one. A method and its re-estimated twin have
-    one colour, the twin is drawn solid."""
+    """Lines where a network has several budgets, bars where it has one. A method with and without batch-norm
+    re-estimation or REPAIR has one colour, with it is drawn solid."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,11 +22,13 @@ def plot(rows: list[Any], bases: dict[str, float], path: Path) -> None:
     networks = list(dict.fromkeys(row.network for row in rows))
     if not networks:
         return
-    families = list(dict.fromkeys(method.base or method.name for method in METHODS.values()))
+    families = list(dict.fromkeys(method.family for method in METHODS.values()))
     colours = {name: pyplot.cm.tab20(place % 20) for place, name in enumerate(families)}
     columns = min(3, len(networks))
     lines = math.ceil(len(networks) / columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 5.5 * lines), squeeze=False)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(7 * columns, 5.5 * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(networks) :]:
         axis.set_visible(False)
     for axis, network in zip(axes.flat, networks, strict=False):
@@ -39,7 +41,6 @@ def plot(rows: list[Any], bases: dict[str, float], path: Path) -> None:
             _bars(axis, means, colours, base)
         else:
             _curves(axis, means, colours, base)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -57,9 +58,9 @@ def _curves(
     axis: Any, means: dict[str, list[tuple[float, float]]], colours: dict[str, Any], base: float | None
 ) -> None:
     for name, points in means.items():
-        method = METHODS[name]
-        style: dict[str, Any] = {"color": colours[method.base or name], "marker": ".", "linewidth": 1.2}
-        if method.base is None and any(METHODS[other].base == name for other in means):
+        family = METHODS[name].family
+        style: dict[str, Any] = {"color": colours[family], "marker": ".", "linewidth": 1.2}
+        if name == family and any(METHODS[other].family == name and other != name for other in means):
             style |= {"linestyle": ":", "linewidth": 0.8}
         if name == OURS:
             style |= {"color": "black", "linewidth": 2.5, "marker": "o"}
@@ -68,14 +69,14 @@ def _curves(
         axis.axhline(base, color="grey", linewidth=0.8)
     axis.set_xlabel("MACs kept")
     axis.set_ylabel("accuracy, %")
-    axis.legend(fontsize=6, ncols=2)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _bars(
     axis: Any, means: dict[str, list[tuple[float, float]]], colours: dict[str, Any], base: float | None
 ) -> None:
     names = list(means)[::-1]
-    shades = ["black" if name == OURS else colours[METHODS[name].base or name] for name in names]
+    shades = ["black" if name == OURS else colours[METHODS[name].family] for name in names]
     axis.barh(names, [means[name][0][1] for name in names], color=shades)
     if base is not None:
         axis.axvline(base, color="grey", linewidth=0.8)
