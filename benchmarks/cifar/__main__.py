@@ -154,9 +154,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(log: Log, bases: dict[str, float], out: Path) -> str:
-    """The JSON file, the table and the plot of all rows that are there; returns the table."""
-    rows = list(log.rows.values())
+def write(log: Log, images: int, bases: dict[str, float], out: Path) -> str:
+    """The JSON file, the table and the plot of all rows that are there with this many calibration images, also of
+    networks that were not asked for this time; returns the table."""
+    rows = [row for row in log.rows.values() if row.images == images]
+    bases = {name: case.stated for name, case in NETWORKS.items()} | bases
     text = table(rows, bases)
     document = {"machine": machine(), "base accuracy": bases, "rows": [asdict(row) for row in rows]}
     (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -221,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue  # comes with its base
             pair = [method] + [twin for twin in applicable if twin.base == method.name]
             run(Setting(case, model, case.test(), draw[1], budget, seed), pair, log)
-    print(write(log, bases, options.out))
+    print(write(log, options.images, bases, options.out))
     over = [row for row in log.rows.values() if row.macs is not None and row.macs > row.budget + SLACK]
     for row in over:
         print(f"{row.method} left {row.macs:.3f} of {row.network}'s MACs, {row.budget} allowed", file=sys.stderr)
