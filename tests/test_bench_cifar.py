@@ -345,6 +345,7 @@ def test_runner_writes_goes_on_and_reports_errors(tmp_path, monkeypatch, capsys)
     calls.clear()
     assert runner.main(arguments) == 0
     assert calls == [(0.6, 1, 16)]
+    assert runner.main(arguments) == 0 and len(calls) == 1  # the new row has a line of its own
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 12
 
 

@@ -72,7 +72,10 @@ class Log:
         self.path = path
         self.rows: dict[tuple[str, str, float, int, int], Row] = {}
         if path.is_file():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            if text and not text.endswith("\n"):  # cut off: what comes next needs a line of its own
+                path.write_text(text + "\n")
+            for line in text.splitlines():
                 try:
                     row = Row(**json.loads(line))
                 except ValueError:  # the line at which a run was cut off
