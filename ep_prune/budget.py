@@ -29,10 +29,15 @@ AHEAD = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay: multiply-accumulates of one sample, parameters; None: not asked for."""
+    """What may stay of what the structure counts: multiply-accumulates of one sample, parameters; None: not asked for.
+
+    given, others: both of the model that was given, and those that the structure does not count, for what is said.
+    """
 
     macs: int | None = None
     parameters: int | None = None
+    given: tuple[int, int] = (0, 0)
+    others: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -199,7 +204,7 @@ def descend(
 
     while True:
         here = state()
-        over = _excess(structure, path.kept(here), budget)
+        over = excess(structure, path.kept(here), budget)
         if budget is not None and over == 0:
             break
         moves, change, macs, size = options(AHEAD)
@@ -237,7 +242,7 @@ def _give_back(
         for k in worth.argsort(descending=True).tolist():
             space, place = moves[k]
             before, at[space] = at[space], place
-            if _excess(structure, path.kept(state()), budget) == 0:
+            if excess(structure, path.kept(state()), budget) == 0:
                 path.states.append(state())
                 break
             at[space] = before
@@ -256,7 +261,8 @@ def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tens
     return total
 
 
-def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+def excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+    """By how much the kept channels exceed a budget, counts summed up; 0: within it."""
     if budget is None:
         return 1
     over = 0 if budget.macs is None else max(structure.macs(kept) - budget.macs, 0)
@@ -264,17 +270,16 @@ def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
 
 
 def _refuse(structure: Structure, kept: Tensor, budget: Budget) -> None:
-    whole = structure.everything()
     parts = []
-    if budget.macs is not None:
-        least = structure.macs(kept)
-        parts.append(
-            f"{least:,} MACs ({least / max(structure.macs(whole), 1):.3f} of the reduced model's weights')"
-        )
-    if budget.parameters is not None:
-        least = structure.size(kept)
-        parts.append(f"{least:,} parameters ({least / max(structure.size(whole), 1):.3f})")
+    for asked, count, given, others, unit in (
+        (budget.macs, structure.macs, budget.given[0], budget.others[0], "MACs"),
+        (budget.parameters, structure.size, budget.given[1], budget.others[1], "parameters"),
+    ):
+        if asked is not None:
+            least = count(kept) + others
+            share = f" ({math.ceil(1000 * least / given) / 10:.1f} % of the given model's)" if given else ""
+            parts.append(f"{least:,} {unit}{share}")
     raise InputError(
-        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}; ask for more, "
+        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}: ask for more, "
         "or protect and round less"
     )

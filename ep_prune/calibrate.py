@@ -29,6 +29,10 @@ Values = dict[Node | str, Any]
 """By node; and by name the biases that are yet to be made (`Program.rooms`)."""
 CHUNK = 64
 """Samples in a chunk, at most."""
+CHUNKS = 8
+"""Chunks, where samples are few: some are to be fitted on, some choose the ridge, some are held out."""
+LEAST = 4
+"""Calibration samples, at least: two to fit on and two to measure on."""
 SAMPLES = 1024
 """Calibration samples used, at most, unless the caller says otherwise."""
 
@@ -58,26 +62,34 @@ def samples_of(
 ) -> Samples:
     """Read a loader of inputs, or of (inputs, labels) whose labels are dropped, into chunks of one size.
 
-    Raises `InputError`, naming the batch: no samples, other shapes than the example's, NaN or infinite values.
+    Raises `InputError`, naming the batch: too few samples, other shapes or types than the example's, NaN or
+    infinite values, samples that are all the same.
     """
     args, kwargs = as_arguments(example)
-    shapes = [leaf.shape[1:] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not shapes:
+    wanted = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not wanted:
         raise InputError("example_inputs holds no tensor: pass the inputs that the model takes")
+    if limit < LEAST:
+        raise InputError(f"samples={limit} is too few: use at least {LEAST}, some hundreds are good")
+    if not isinstance(calibration, Iterable) or isinstance(calibration, Mapping):
+        kind = type(calibration).__name__
+        raise InputError(f"calibration is of type {kind}: pass a list of batches, or a loader")
     at = next(model.parameters(), torch.empty(0))
-    parts: list[list[Tensor]] = [[] for _ in shapes]
+    parts: list[list[Tensor]] = [[] for _ in wanted]
     count = 0
     for number, batch in enumerate([calibration] if isinstance(calibration, Tensor) else calibration):
-        leaves = _leaves(batch, args, len(shapes))
         where = f"batch {number} of the calibration data"
-        if len(leaves) != len(shapes) or any(
-            leaf.ndim == 0 or leaf.shape[1:] != s for leaf, s in zip(leaves, shapes, strict=False)
+        leaves = _leaves(batch, args, kwargs, len(wanted), where)
+        if len(leaves) != len(wanted) or any(
+            leaf.ndim == 0 or leaf.shape[1:] != like.shape[1:] for leaf, like in zip(leaves, wanted, strict=False)
         ):
             found = [tuple(leaf.shape) for leaf in leaves]
             raise InputError(f"{where} has shapes {found}: pass batches like example_inputs, of any length")
         if len({len(leaf) for leaf in leaves}) > 1:
             raise InputError(f"{where} has tensors of different lengths: the first axis is the batch")
-        for part, leaf in zip(parts, leaves, strict=True):
+        for part, leaf, like in zip(parts, leaves, wanted, strict=True):
+            if leaf.is_floating_point() != like.is_floating_point():
+                raise InputError(f"{where} has type {leaf.dtype}, the example {like.dtype}: convert it as for a call")
             if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
                 raise InputError(f"{where} holds NaN or infinite values: leave it out")
             part.append(leaf.detach().to(at.device, at.dtype if leaf.is_floating_point() else leaf.dtype))
@@ -85,19 +97,28 @@ def samples_of(
         if count >= limit:
             break
     used = min(count, limit)
-    if used < 2:
-        raise InputError(f"calibration holds {count} samples: pass at least 2, some hundreds are good")
-    size = used // math.ceil(used / largest)
-    chunks = max(2, used // size) if used >= 2 * size else 2
-    size = min(size, used // chunks)
+    if used < LEAST:
+        raise InputError(f"calibration holds {count} samples: pass at least {LEAST}, some hundreds are good")
+    if all(bool((torch.cat(part)[:used] == part[0][:1]).all()) for part in parts):
+        raise InputError(f"all {used} samples of the calibration data are the same: pass inputs that differ")
+    chunks = max(math.ceil(used / largest), min(CHUNKS, used // 2))
+    size = used // chunks
     joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]
     return Samples(tuple(zip(*joined, strict=True)), size, count, size * chunks, example)
 
 
-def _leaves(batch: Any, args: tuple[Any, ...], expected: int) -> list[Tensor]:
-    """The tensors of a batch in the order of the example's; a second entry beyond these is a label."""
-    if isinstance(batch, tuple | list) and len(args) == 1 and len(batch) >= 2 and expected == 1:
-        batch = batch[0]
+def _leaves(
+    batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: int, where: str
+) -> list[Tensor]:
+    """The tensors of a batch in the order of the example's: keywords by name, without labels beside the inputs."""
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        nested = isinstance(batch[0], tuple | list | Mapping)
+        if nested or (len(args) == 1 and expected == 1):
+            batch = batch[0]
+    if kwargs and isinstance(batch, Mapping):
+        if missing := [name for name in kwargs if name not in batch]:
+            raise InputError(f"{where} has no {missing[0]!r}, which example_inputs has: pass batches like it")
+        batch = {name: batch[name] for name in kwargs}
     return [leaf for leaf in pytree.tree_leaves(as_arguments(batch)) if isinstance(leaf, Tensor)]
 
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from ep_prune.budget import Budget, Path, allowed_widths, descend
+from ep_prune.budget import Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, SAMPLES, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Width
 from ep_prune.cost import Cost, cost
@@ -88,7 +89,7 @@ def compress(
         calibration: batches like example_inputs, or a loader of (inputs, labels), whose labels are not read; None:
             seeded synthetic inputs with the moments that batch norm recorded.
         keep_macs, keep_params: what may stay of multiply-accumulates, of parameters: a share of the given model's
-            (a float up to 1), or an absolute number (an int above 1).
+            (up to 1), or an absolute number (above 1).
         latency: milliseconds that one call on example_inputs may take here, measured.
         tol: the largest change of any output that is accepted on held-out calibration inputs, relative to that
             output's largest absolute value.
@@ -141,8 +142,14 @@ class _Asked:
         if all(value is None for value in named.values()):
             raise InputError("no budget: pass keep_macs=, keep_params=, latency=, tol= or max_drop= with evaluate=")
         for name, value in named.items():
-            if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or "keep" not in name)):
-                raise InputError(f"{name}={value} is no budget: it must be a number above 0")
+            if value is None:
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            share = name.startswith("keep")
+            if not number or not (math.isfinite(value) and value >= 0 and (value > 0 or not share)):
+                raise InputError(f"{name}={value!r} is no budget: it must be a number above 0")
+            if share and value > 1 and value != int(value):
+                raise InputError(f"{name}={value!r} is neither a share up to 1 nor a whole number: pass one of these")
         if (self.max_drop is None) != (self.evaluate is None):
             raise InputError("max_drop= and evaluate= go together: evaluate(model) gives the figure that may drop")
         if self.round_to < 1:
@@ -160,12 +167,13 @@ class _Asked:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """What held-out samples say of a narrow model: divergence, equal decisions, largest relative change."""
+    """What held-out samples say of a narrow model: divergence, equal decisions, largest relative change. errors: of
+    every weight that was fitted."""
 
     divergence: float
     agreement: float | None
     change: float
-    answers: tuple[float, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Work:
@@ -178,7 +186,6 @@ class _Work:
         self.notes: list[str] = []
         self.evaluations = 0
         self.fits: dict[tuple[int, ...], tuple[nn.Module, Plan, _Held]] = {}
-        self.errors: dict[str, float] = {}
 
     @staticmethod
     def of(
@@ -232,11 +239,11 @@ class _Work:
             self.notes.append(f"{most * size} of {self.samples.given} samples used: activations of more would not fit")
 
     def _split(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """Chunks to fit on, to measure curves on (some of these), and held out."""
+        """Chunks to fit on, to measure curves on (half of these, at most), and held out."""
         chunks = self.samples.chunks
         held = max(1, len(chunks) // 8)
         fit = chunks[:-held]
-        return fit, fit[-max(1, min(2, len(fit) - 1)) :], chunks[-held:]
+        return fit, fit[-max(1, len(fit) // 2) :], chunks[-held:]
 
     # ---- which spaces can be narrowed at all ------------------------------------------------------------
 
@@ -288,8 +295,11 @@ class _Work:
         if [t.shape for t in found] != [t.shape for t in expected]:
             return "its outputs have other shapes"
         for a, b in zip(expected, found, strict=True):
-            if a.is_floating_point() and float((a - b).abs().max()) > SAME * max(float(a.abs().max()), 1e-30):
-                return f"its outputs differ by {float((a - b).abs().max()):.1e}"
+            if a.is_floating_point() and a.numel():
+                known = a.isfinite()  # where the fitted network overflows, so may the narrow one
+                a, b = torch.where(known, a, 0.0), torch.where(known, b, 0.0)
+                if not float((a - b).abs().max()) <= SAME * max(float(a.abs().max()), 1e-30):
+                    return f"its outputs differ by {float((a - b).abs().max()):.1e}"
         return None
 
     # ---- the path and its places ------------------------------------------------------------------------
@@ -308,24 +318,29 @@ class _Work:
             return min_width.get(name, 1) if isinstance(min_width, Mapping) else min_width
 
         allowed = allowed_widths(self.structure, found, round_to, least)
-        return descend(self.structure, found, allowed, self._counted(asked))
+        budget = self._counted(asked)
+        if budget is not None and asked.latency is not None:  # the latency may ask for less than what is counted
+            path = descend(self.structure, found, allowed, None)
+            within = [state for state in path.states if excess(self.structure, path.kept(state), budget) == 0]
+            if within:
+                return replace(path, states=within)
+        return descend(self.structure, found, allowed, budget)
 
     def _counted(self, asked: _Asked) -> Budget | None:
         """The budgets that can be counted, in terms of what the structure counts."""
         if asked.keep_macs is None and asked.keep_params is None:
             return None
         whole = self.structure.everything()
-        found = []
-        for value, before, base, own in (
-            (asked.keep_macs, self.before.macs, self.base.macs, self.structure.macs(whole)),
-            (asked.keep_params, self.before.parameters, self.base.parameters, self.structure.size(whole)),
-        ):
-            if value is None:
-                found.append(None)
-                continue
-            target = value * before if isinstance(value, float) and value <= 1 else value
-            found.append(max(int(target) - (base - own), 0))
-        return Budget(*found)
+        given = self.before.macs, self.before.parameters
+        others = self.base.macs - self.structure.macs(whole), self.base.parameters - self.structure.size(whole)
+
+        def left(value: float | None, before: int, other: int) -> int | None:
+            return None if value is None else max(int(value * before if value <= 1 else value) - other, 0)
+
+        macs, size = (
+            left(v, b, o) for v, b, o in zip((asked.keep_macs, asked.keep_params), given, others, strict=True)
+        )
+        return Budget(macs, size, given, others)
 
     def narrow(self, path: Path, state: Tensor) -> tuple[nn.Module, Plan, _Held]:
         """The model at one place of the path, its plan, and what held-out samples say of it."""
@@ -338,32 +353,34 @@ class _Work:
         fit, _, held = self._split()
         rounds = list(self.reduced.plan.rounds)
         narrow = copy.deepcopy(self.reduced.model)
+        errors: dict[str, float] = {}
         if not bool(kept.all()):
-            own, self.errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
+            own, errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
             if (why := self._same(kept, own)) is not None:
                 raise VerificationError(f"the narrow model is not what was fitted ({why}): please report this model")
             step = self.structure.round(kept, own)
             apply_round_(narrow, step)
             rounds.append(step)
         plan = Plan(tuple(rounds), fingerprint(self.wide.state_dict()), self.reduced.plan.notes)
-        return narrow, plan, self._held(narrow, held)
+        return narrow, plan, self._held(narrow, held, errors)
 
-    def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]]) -> _Held:
+    def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> _Held:
         narrow = copy.deepcopy(narrow).float()
-        losses, equal, change, size = [], [], 0.0, 0.0
+        losses, equal = [], []
+        worst: dict[int, tuple[float, float]] = {}
         for chunk in held:
             wide = self.program.finish(self.program.begin(chunk, {}), {})
             found = _tensors(run(narrow, self.samples.call(chunk)))
             losses.append(divergence(wide, found))
             same = agreement(wide, found)
             equal += [] if same is None else [same]
-            for a, b in zip(wide, found, strict=True):
+            for place, (a, b) in enumerate(zip(wide, found, strict=True)):
                 if a.is_floating_point() and a.numel():
-                    change = max(change, float((a - b).abs().nan_to_num(torch.inf).max()))
-                    size = max(size, float(a.abs().max()))
-        return _Held(
-            statistics.fmean(losses), statistics.fmean(equal) if equal else None, change / size if size else change
-        )
+                    change, size = worst.get(place, (0.0, 0.0))
+                    new = float((a - b).abs().nan_to_num(torch.inf).max())
+                    worst[place] = max(change, new), max(size, float(a.abs().max()))
+        change = max((change / size if size else change for change, size in worst.values()), default=0.0)
+        return _Held(statistics.fmean(losses), statistics.fmean(equal) if equal else None, change, errors)
 
     def report(self, narrow: nn.Module, held: _Held, asked: _Asked, seconds: float) -> CompressReport:
         after = cost(narrow, self.example)
@@ -379,7 +396,7 @@ class _Work:
             divergence=held.divergence,
             agreement=held.agreement,
             change=held.change,
-            errors=dict(self.errors),
+            errors=dict(held.errors),
             samples_given=self.samples.given,
             samples_used=self.samples.used,
             evaluations=self.evaluations,
@@ -398,8 +415,7 @@ def _chosen(work: _Work, path: Path, asked: _Asked) -> Tensor:
         return _within(work, path, asked)
     reference = None
     if asked.evaluate is not None:
-        reference = asked.evaluate(copy.deepcopy(work.wide))
-        work.evaluations += 1
+        reference = _figure(work, asked.evaluate, work.wide)
     counted = len(path.states) - 1 if asked.keep_macs is not None or asked.keep_params is not None else 0
 
     def good(state: Tensor) -> bool:
@@ -410,23 +426,37 @@ def _chosen(work: _Work, path: Path, asked: _Asked) -> Tensor:
 
     if asked.latency is not None:  # the widest that is fast enough, if the other budgets allow it
         return _fast_enough(work, path, asked, good)
-    found = path.search(good, TRIALS)
-    if found is None:
-        if asked.tol is not None and asked.max_drop is None:
-            return path.states[0]
-        raise InputError(f"max_drop={asked.max_drop} cannot be met: the exactly reduced model drops by more already")
-    if counted and not torch.equal(found, path.states[-1]):
+    if counted:  # the end of the path is the widest model of the counted budgets: it alone is in question
+        if good(path.states[-1]):
+            return path.states[-1]
         raise InputError("the budgets cannot be met together: allow a larger max_drop or tol, or keep more")
-    return found
+    found = path.search(good, TRIALS)
+    if found is not None:
+        return found
+    if asked.max_drop is None or good(path.states[0]):
+        return path.states[0]
+    raise InputError(f"max_drop={asked.max_drop} cannot be met: the exactly reduced model drops by more already")
 
 
 def _faithful(work: _Work, asked: _Asked, narrow: nn.Module, held: _Held, reference: float | None) -> bool:
     if asked.tol is not None and held.change > asked.tol:
         return False
     if asked.evaluate is not None and asked.max_drop is not None and reference is not None:
-        work.evaluations += 1
-        return reference - asked.evaluate(copy.deepcopy(narrow)) <= asked.max_drop
+        return reference - _figure(work, asked.evaluate, narrow) <= asked.max_drop
     return True
+
+
+def _figure(work: _Work, evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """What the user's `evaluate` says of a copy of a model."""
+    work.evaluations += 1
+    found = evaluate(copy.deepcopy(model))
+    try:
+        figure = float(found)
+    except (TypeError, ValueError):
+        figure = math.nan
+    if math.isnan(figure):
+        raise InputError(f"evaluate(model) gave {found!r}: let it return a number, higher for a better model")
+    return figure
 
 
 def _within(work: _Work, path: Path, asked: _Asked) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ep_prune.calibrate import Program, Rows, Values
 from ep_prune.divergence import divergence, own_answer_loss
+from ep_prune.errors import InputError
 from ep_prune.graph import Node
 from ep_prune.projection import Moments, Reading, eliminate, fit, through, weighted
 from ep_prune.readers import Free, Reader, Structure, reads
@@ -138,6 +139,10 @@ def importances(
                 values[node] = value
                 program.release(node, values)
             loss = own_answer_loss([values[node] for node in program.graph.outputs], generator)
+            if not loss.requires_grad:
+                if reached:
+                    raise InputError("no floating output follows from the weights: let the model return its scores")
+                return {}
             found = torch.autograd.grad(loss, [value for _, value in reached], allow_unused=True)
         for (reader, value), gradient in zip(reached, found, strict=True):
             whole = Rows(reader.node, reader.op, value.numel(), generator)
@@ -324,7 +329,7 @@ def _fit_reader(
     mask = kept[reader.columns]
     lengths = mask.sum(1)
     if bool((lengths != lengths[0]).any()):  # groups that are gone: their columns are never read
-        mask[lengths == 0] = mask[lengths.argmax()]
+        mask[lengths == 0] = mask[lengths.argmax()].clone()
     columns = mask.nonzero()[:, 1].reshape(len(mask), -1).to(device)
     view = reader.view(weight).double()
     gain = _gain(program, reader)

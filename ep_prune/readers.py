@@ -147,6 +147,9 @@ class Structure:
             if reader.kept_whole and not bool(self.pinned[reader.roots].all()):
                 self.untouched[reader.node.layer or reader.name] = reader.kept_whole
                 self.pinned[reader.roots] = True
+        program.rooms |= {
+            r.node: (str(r.constant), r.op.layout.axis) for r in self.readers if r.new_bias is not None
+        }
         self._selection = select(self.numbering)
         self.spaces = self._spaces()
 
@@ -207,9 +210,14 @@ class Structure:
         return sum(self._weight_size(r, kept) * positions(r.node, r.op) * r.uses for r in self.readers)
 
     def size(self, kept: Tensor) -> int:
-        """Parameters."""
+        """Parameters, with the biases that a fit makes."""
         weights = {reader.name: reader for reader in self.readers}
         total = sum(self._weight_size(r, kept) for r in self.readers if r.name in self.parameters)
+        fitted = False
+        for reader in self.readers:  # from the first that loses inputs on, all weights are fitted
+            fitted = fitted or not bool(kept[reader.roots].all())
+            if fitted and reader.new_bias is not None and not reader.kept_whole:
+                total += int(kept[reader.outputs].sum())
         bound: dict[str, dict[int, Tensor]] = {}
         for (name, axis), slots in self.numbering.slots.bound.items():
             bound.setdefault(name, {})[axis] = slots
