@@ -170,8 +170,15 @@ def descend(
         return torch.tensor([int(a[k]) for a, k in zip(allowed, at, strict=True)], dtype=torch.int64)
 
     def totals(now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        picked = [[part[s][j] for s, j in enumerate(now.tolist())] for part in (counts.inputs, counts.outputs, counts.rest)]
-        zeros = (torch.zeros_like(counts.base[0]), torch.zeros_like(counts.base[0]), torch.zeros((), dtype=torch.int64))
+        picked = [
+            [part[s][j] for s, j in enumerate(now.tolist())]
+            for part in (counts.inputs, counts.outputs, counts.rest)
+        ]
+        zeros = (
+            torch.zeros_like(counts.base[0]),
+            torch.zeros_like(counts.base[0]),
+            torch.zeros((), dtype=torch.int64),
+        )
         return tuple(torch.stack(p).sum(0) if p else z for p, z in zip(picked, zeros, strict=True))  # type: ignore[return-value]
 
     def options(steps: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
@@ -185,7 +192,9 @@ def descend(
                 if 0 <= k + step < len(a):
                     old, new = int(a[k]), int(a[k + step])
                     moves.append((s, k + step))
-                    deltas.append([part[s][new] - part[s][old] for part in (counts.inputs, counts.outputs, counts.rest)])
+                    deltas.append(
+                        [part[s][new] - part[s][old] for part in (counts.inputs, counts.outputs, counts.rest)]
+                    )
                     change.append(float(losses[s][new] - losses[s][old]))
         if not moves:
             return [], torch.empty(0), torch.empty(0), torch.empty(0)

@@ -197,7 +197,9 @@ class Program:
         for node in self.nodes:
             standing += _bytes(node)
             most = max(most, standing)
-            standing -= sum(_bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None)
+            standing -= sum(
+                _bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None
+            )
         return max(most, 1) // max(batch, 1)
 
 

@@ -249,11 +249,11 @@ class _Work:
             )
 
     def _split(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """Chunks to fit on, to measure curves on (some of these), and held out."""
+        """Chunks to fit on, to measure curves on (half of these, at most), and held out."""
         chunks = self.samples.chunks
         held = max(1, len(chunks) // 8)
         fit = chunks[:-held]
-        return fit, fit[-max(1, min(2, len(fit) - 1)) :], chunks[-held:]
+        return fit, fit[-max(1, len(fit) // 2) :], chunks[-held:]
 
     # ---- which spaces can be narrowed at all ------------------------------------------------------------
 

@@ -66,7 +66,9 @@ class CompressReport:
         name = max([len(w.name) for w in self.widths] + [5])
         lines = [f"{'space':<{name}}  width"]
         lines += [
-            f"{w.name:<{name}}  {w.before} -> {w.after}" if w.after != w.before else f"{w.name:<{name}}  {w.before}"
+            f"{w.name:<{name}}  {w.before} -> {w.after}"
+            if w.after != w.before
+            else f"{w.name:<{name}}  {w.before}"
             for w in self.widths
         ]
         lines += [

@@ -32,6 +32,8 @@ from ep_prune.readers import Free, Reader, Structure, reads
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Widths at which a space is measured, as shares of its channels."""
+FORWARDS = 15_000
+"""Samples run through the whole network, at most, to measure all curves; those run through its end count in part."""
 SMALL_GAIN = 1e-2
 """Of a batch norm's largest gain: where it is smaller, errors of the residual stream are not corrected through it."""
 SWEEPS = 4
@@ -69,7 +71,11 @@ class Curve:
         count = len(self.space.roots)
         costs = torch.cat([torch.zeros(1, dtype=torch.float64), self.costs.cummax(0).values])
         gone = [0, *(count - width for width, _ in self.measured)]
-        found = torch.tensor([0.0, *(max(loss, 0.0) for _, loss in self.measured)], dtype=torch.float64).cummax(0).values
+        found = (
+            torch.tensor([0.0, *(max(loss, 0.0) for _, loss in self.measured)], dtype=torch.float64)
+            .cummax(0)
+            .values
+        )
         result = torch.zeros(len(costs), dtype=torch.float64)
         for start, end, low, high in zip(gone, gone[1:], found, found[1:], strict=False):
             x = costs[start : end + 1] - costs[start]
@@ -85,7 +91,9 @@ def _slope(costs: Tensor, found: Tensor, gone: Sequence[int]) -> float:
     return float(found[-1]) / span if span > 0 else 1.0
 
 
-def moments(program: Program, readers: Sequence[Reader], chunks: Chunks, seed: int, step: Step = _silent) -> dict[str, Covariance]:
+def moments(
+    program: Program, readers: Sequence[Reader], chunks: Chunks, seed: int, step: Step = _silent
+) -> dict[str, Covariance]:
     """Of every weight's input, on the wide network."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(len(chunk[0]) for chunk in chunks)
@@ -111,7 +119,9 @@ def moments(program: Program, readers: Sequence[Reader], chunks: Chunks, seed: i
     return found
 
 
-def importances(program: Program, readers: Sequence[Reader], chunks: Chunks, seed: int, step: Step = _silent) -> dict[str, Tensor]:
+def importances(
+    program: Program, readers: Sequence[Reader], chunks: Chunks, seed: int, step: Step = _silent
+) -> dict[str, Tensor]:
     """(G, O/G, O/G) of every weight's outputs: tr(G E[d d']) says what an error d there does to the outputs."""
     generator = torch.Generator().manual_seed(seed)
     by_node = {r.node: r for r in readers if not r.kept_whole}
@@ -193,7 +203,9 @@ def narrowed(reader: Reader, weight: Tensor, kept: Tensor, covariance: Covarianc
     return reader.restore(new).to(weight.dtype), shift.to(weight.dtype)
 
 
-def with_constant(reader: Reader, program: Program, own: dict[str, Tensor], shift: Tensor, *, replace: bool = False) -> None:
+def with_constant(
+    reader: Reader, program: Program, own: dict[str, Tensor], shift: Tensor, *, replace: bool = False
+) -> None:
     """Put a constant that a weight's outputs gain (or, `replace`, have) where it has its place."""
     name = str(reader.constant)
     if reader.mean is not None:
@@ -215,14 +227,20 @@ def curves(
     step: Step = _silent,
     fractions: Sequence[float] = FRACTIONS,
 ) -> list[Curve]:
-    """One for each space that something reads, measured on the chunks, from where it is first read."""
+    """One for each space that something reads, measured on the last chunks, as many as `FORWARDS` allows, from where
+    it is first read."""
     graph = program.graph
     first: dict[Node, list[tuple[Free, Sequence[Reader]]]] = {}
     for space in structure.spaces:
         readers = [r for r in reads(structure.readers, space.roots) if r.name in covariances]
         if readers:
             first.setdefault(readers[0].node, []).append((space, readers))
-    values = [program.begin(chunk, {}) for chunk in chunks]
+    passes = sum(
+        len(fractions) * len(spaces) * (1 - program.place[node] / len(program.nodes))
+        for node, spaces in first.items()
+    )
+    affordable = max(1, int(FORWARDS / max(passes * len(chunks[0][0]), 1)))
+    values = [program.begin(chunk, {}) for chunk in chunks[-affordable:]]
     answers = [program.finish(v, {}) for v in values]
     found = []
     for place, node in enumerate(program.nodes):
@@ -241,10 +259,13 @@ def curves(
                 kept[space.roots[order[: count - width]]] = False
                 own: dict[str, Tensor] = {}
                 for reader in readers:
-                    own[reader.name], shift = narrowed(reader, graph.tensors[reader.name], kept, covariances[reader.name])
+                    own[reader.name], shift = narrowed(
+                        reader, graph.tensors[reader.name], kept, covariances[reader.name]
+                    )
                     with_constant(reader, program, own, shift)
                 losses = [
-                    divergence(answer, program.finish(v, own, place)) for answer, v in zip(answers, values, strict=True)
+                    divergence(answer, program.finish(v, own, place))
+                    for answer, v in zip(answers, values, strict=True)
                 ]
                 measured.append((width, sum(losses) / len(losses)))
             found.append(Curve(space, space.roots[order], costs, tuple(measured)))
@@ -409,6 +430,8 @@ def _mean_error(
     return total / len(wide)
 
 
-def answers_of(program: Program, chunks: Iterable[Sequence[Tensor]], own: Mapping[str, Tensor]) -> list[list[Tensor]]:
+def answers_of(
+    program: Program, chunks: Iterable[Sequence[Tensor]], own: Mapping[str, Tensor]
+) -> list[list[Tensor]]:
     """The outputs on every chunk."""
     return [program.finish(program.begin(chunk, own), {}) for chunk in chunks]

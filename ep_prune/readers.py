@@ -173,7 +173,9 @@ class Structure:
         elif reader.constant is None:
             reader.kept_whole = "it has no bias, and there is no place for one"
         wide = op.layout.canonical(self.graph.tensors[name])
-        reader.by_channels = wide.shape[2] * wide.shape[3] > LARGEST or op.layout.signature.startswith("transposed")
+        reader.by_channels = wide.shape[2] * wide.shape[3] > LARGEST or op.layout.signature.startswith(
+            "transposed"
+        )
         columns = demand.roots.reshape(op.layout.groups, -1).repeat_interleave(wide.shape[3], 1)
         if reader.by_channels:
             unique, spots = _spots(demand.roots)
@@ -265,14 +267,20 @@ class Structure:
             rows = outputs[groups].nonzero()[:, 1].reshape(len(groups), -1)
             columns = inputs[groups].nonzero()[:, 1].reshape(len(groups), -1)
             wide = wide.gather(1, rows[:, :, None, None].to(wide.device).expand(-1, -1, *wide.shape[2:]))
-            wide = wide.gather(2, columns[:, None, :, None].to(wide.device).expand(-1, wide.shape[1], -1, wide.shape[3]))
+            wide = wide.gather(
+                2, columns[:, None, :, None].to(wide.device).expand(-1, wide.shape[1], -1, wide.shape[3])
+            )
             narrow = layout.original(wide, reader.kernel).contiguous()
             constant = own.get(reader.constant or "")
             if constant is not None:
                 constant = constant[outputs.reshape(-1).to(constant.device)]
                 done.add(str(reader.constant))
             places = (reader.bias, reader.mean, reader.new_bias) if constant is not None else (None,) * 3
-            refits.append(Refit(reader.name, narrow.cpu(), len(groups), None if constant is None else constant.cpu(), *places))
+            refits.append(
+                Refit(
+                    reader.name, narrow.cpu(), len(groups), None if constant is None else constant.cpu(), *places
+                )
+            )
         for (name, axis), slots in self.numbering.slots.bound.items():
             keep = kept[self.roots[slots]]
             if name not in done and not bool(keep.all()):
