@@ -145,11 +145,13 @@ def allowed_widths(
     """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or more."""
     result = []
     for curve in curves:
+        space = curve.space
         gone = torch.arange(len(curve.order) + 1)
-        left = len(curve.space.longest) - torch.cat(
-            [torch.zeros(1, dtype=torch.int64), torch.isin(curve.order, curve.space.longest).long().cumsum(0)]
-        )
-        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(curve.space.name), 1)))
+        each = torch.bincount(space.longest, minlength=structure.count)[curve.order]
+        left = len(space.longest) - torch.cat([each.new_zeros(1), each.cumsum(0)])
+        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(space.name), 1)))
+        if space.sections is not None:
+            good &= gone % (int(space.sections.max()) + 1) == 0
         result.append(gone[good & (gone < len(curve.losses()))])
     return result
 

@@ -252,7 +252,11 @@ def curves(
             count = len(space.roots)
             whole = bool(torch.isin(space.longest, space.roots).all())
             order, costs = eliminate(readings, at_least=1 if whole else 0)
-            widths = sorted({max(int(whole), round(f * count)) for f in fractions} - {count}, reverse=True)
+            each, least = 1, int(whole)
+            if space.sections is not None:
+                each = least = int(space.sections.max()) + 1
+                order, costs = in_turn(order, costs, space.sections)
+            widths = sorted({max(least, each * round(f * count / each)) for f in fractions} - {count}, reverse=True)
             measured = []
             for width in widths:
                 kept = structure.everything()
@@ -274,6 +278,14 @@ def curves(
             v[node] = program.call(node, v)
             program.release(node, v)
     return found
+
+
+def in_turn(order: Tensor, costs: Tensor, sections: Tensor) -> tuple[Tensor, Tensor]:
+    """An order of elimination in which every section loses its first channel before any loses its second."""
+    own = sections[order]
+    earlier = torch.tril((own.unsqueeze(1) == own).long(), -1).sum(1)
+    turn = earlier.argsort(stable=True)
+    return order[turn], costs.diff(prepend=costs.new_zeros(1))[turn].cumsum(0)
 
 
 def fitted(

@@ -28,7 +28,7 @@ from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwi
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
-from ep_prune.slots import Groups, Slots
+from ep_prune.slots import EqualCounts, Groups, Slots
 from ep_prune.spaces import spaces
 
 LARGEST = 4700
@@ -126,6 +126,8 @@ class Free:
     roots: Tensor
     longest: Tensor
     """The roots along its longest axis, kept ones and all: what `round_to` counts."""
+    sections: Tensor | None = None
+    """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no such."""
 
 
 class Structure:
@@ -195,8 +197,24 @@ class Structure:
             own = torch.unique(torch.cat(axes))
             free = own[~self.pinned[own]]
             if len(free) > (0 if len(free) < len(own) else 1):
-                found.append(Free(space.name, free, max(axes, key=len)))
+                found.append(Free(space.name, free, max(axes, key=len), self._sections(free)))
         return found
+
+    def _sections(self, free: Tensor) -> Tensor | None:
+        for constraint in self.numbering.slots.constraints:
+            sides: tuple[Tensor, ...] = ()
+            if isinstance(constraint, Groups):
+                sides = constraint.inputs, constraint.outputs
+            elif isinstance(constraint, EqualCounts):
+                sides = (torch.stack(constraint.sections),)
+            for rows in (self.roots[side] for side in sides):
+                number = torch.full((self.count,), -1)
+                number[rows] = torch.arange(len(rows)).unsqueeze(1)
+                own = number[free]
+                equal = rows.shape[1] > 1 and len(torch.unique(rows)) == rows.numel() and bool((own >= 0).all())
+                if equal and len(torch.unique(torch.bincount(own, minlength=len(rows)))) == 1:
+                    return own
+        return None
 
     def everything(self) -> Tensor:
         return torch.ones(self.count, dtype=torch.bool)
