@@ -5,6 +5,7 @@
 #   make check   format, lint, types
 #   make fuzz    random programs: SEEDS=5000 START=0; goes on where fuzz-out/log.jsonl ends
 #   make bench   the benchmarks
+#   make bench-cifar   width compression beside every peer, on the CIFAR-10 networks of the test material
 #   make clean   remove what the other targets have made, the environment included
 #
 # pip heeds its own variables: on a machine without a GPU,
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz bench clean
+.PHONY: help demo test check fuzz bench bench-cifar clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -51,6 +52,9 @@ fuzz: $(READY)
 
 bench: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.masked
+
+bench-cifar: $(READY_BENCH)
+	$(BIN)/python -m benchmarks.cifar $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-out bench-out fuzz-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

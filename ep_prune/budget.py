@@ -1,9 +1,10 @@
 """Widths under a budget: which space gives up how many channels.
 
-Every space has a curve, the divergence of the outputs over the channels that it has given up (`fitting.Curve`).
-Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the widths
-that the other spaces have by then: costs are products of widths, so what a channel saves changes on the way. Looking
-several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is given back.
+Every space has a curve, the divergence of the outputs over the channels that it has given up (`curves.Curve`).
+Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the
+widths that the other spaces have by then: costs are products of widths, so what a channel saves changes on the
+way. Looking several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is
+given back.
 
 The states on the way form a path from wide to narrow; budgets that are not counted but measured (`tol`, `latency`,
 `max_drop`) look for their place on it (`Path.search`).
@@ -12,15 +13,16 @@ The states on the way form a path from wide to narrow; budgets that are not coun
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ep_prune.calibrate import positions
+from ep_prune.curves import Curve
 from ep_prune.errors import InputError
-from ep_prune.fitting import Curve
 from ep_prune.readers import Structure
 
 AHEAD = (1, 2, 4, 8)
@@ -28,11 +30,61 @@ AHEAD = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The budgets, checked."""
+
+    keep_macs: float | None
+    keep_params: float | None
+    latency: float | None
+    tol: float | None
+    max_drop: float | None
+    evaluate: Callable[[nn.Module], float] | None
+    round_to: int
+
+    def __post_init__(self) -> None:
+        named = {k: getattr(self, k) for k in ("keep_macs", "keep_params", "latency", "tol", "max_drop")}
+        if all(value is None for value in named.values()):
+            raise InputError(
+                "no budget: pass keep_macs=, keep_params=, latency=, tol= or max_drop= with evaluate="
+            )
+        for name, value in named.items():
+            if value is None:
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            share = name.startswith("keep")
+            if not number or not (math.isfinite(value) and value >= 0 and (value > 0 or not share)):
+                raise InputError(f"{name}={value!r} is no budget: it must be a number above 0")
+            if share and value > 1 and value != int(value):
+                raise InputError(
+                    f"{name}={value!r} is neither a share up to 1 nor a whole number: pass one of these"
+                )
+        if (self.max_drop is None) != (self.evaluate is None):
+            raise InputError("max_drop= and evaluate= go together: evaluate(model) gives the figure that may drop")
+        if self.round_to < 1:
+            raise InputError(f"round_to={self.round_to} is not at least 1")
+
+    @property
+    def measured(self) -> bool:
+        return any(value is not None for value in (self.latency, self.tol, self.max_drop))
+
+    def __str__(self) -> str:
+        parts = [f"{k}={v:g}" for k in ("keep_macs", "keep_params", "latency", "tol", "max_drop")
+                 if (v := getattr(self, k)) is not None]  # fmt: skip
+        return ", ".join(parts) + (f", round_to={self.round_to}" if self.round_to > 1 else "")
+
+
+@dataclass(frozen=True)
 class Budget:
-    """What may stay: multiply-accumulates of one sample, parameters; None: not asked for."""
+    """What may stay of what the structure counts: multiply-accumulates of one sample, parameters; None: not
+    asked for.
+
+    given, others: both of the model that was given, and those that the structure does not count, for what is said.
+    """
 
     macs: int | None = None
     parameters: int | None = None
+    given: tuple[int, int] = (0, 0)
+    others: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -65,10 +117,10 @@ class Counts:
             order = curve.order
             place = torch.full((structure.count,), len(order))
             place[order] = torch.arange(len(order))
-            lost = [[_cumulative(place[part.reshape(-1)], len(order)) for r in readers for part in (side(r),)]
-                    for side in (lambda r: r.roots, lambda r: r.outputs)]  # fmt: skip
-            inputs.append(torch.stack(lost[0], 1))
-            outputs.append(torch.stack(lost[1], 1))
+            inputs.append(torch.stack([_cumulative(place[r.roots], len(order)) for r in readers], 1))
+            outputs.append(
+                torch.stack([_cumulative(place[r.outputs.reshape(-1)], len(order)) for r in readers], 1)
+            )
             rest.append(torch.cat([extra.new_zeros(1), extra[order].cumsum(0)]))
         weights = sum(structure._weight_size(r, whole) for r in readers if r.name in structure.parameters)
         return Counts(
@@ -121,7 +173,8 @@ class Path:
         return self.structure.close(kept)
 
     def search(self, good: Callable[[Tensor], bool], most: int) -> Tensor | None:
-        """The narrowest state found for which `good` holds, by bisection, in at most `most` trials; None: no state."""
+        """The narrowest state found for which `good` holds, by bisection, in at most `most` trials; None: no
+        state."""
         low, high, found = -1, len(self.states), None
         for _ in range(most):
             if high - low <= 1:
@@ -137,14 +190,17 @@ class Path:
 def allowed_widths(
     structure: Structure, curves: Sequence[Curve], round_to: int, least: Callable[[str], int]
 ) -> list[Tensor]:
-    """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or more."""
+    """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or
+    more."""
     result = []
     for curve in curves:
+        space = curve.space
         gone = torch.arange(len(curve.order) + 1)
-        left = len(curve.space.longest) - torch.cat(
-            [torch.zeros(1, dtype=torch.int64), torch.isin(curve.order, curve.space.longest).long().cumsum(0)]
-        )
-        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(curve.space.name), 1)))
+        each = torch.bincount(space.longest, minlength=structure.count)[curve.order]
+        left = len(space.longest) - torch.cat([each.new_zeros(1), each.cumsum(0)])
+        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(space.name), 1)))
+        if space.sections is not None:
+            good &= gone % (int(space.sections.max()) + 1) == 0
         result.append(gone[good & (gone < len(curve.losses()))])
     return result
 
@@ -165,8 +221,15 @@ def descend(
         return torch.tensor([int(a[k]) for a, k in zip(allowed, at, strict=True)], dtype=torch.int64)
 
     def totals(now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        picked = [[part[s][j] for s, j in enumerate(now.tolist())] for part in (counts.inputs, counts.outputs, counts.rest)]
-        zeros = (torch.zeros_like(counts.base[0]), torch.zeros_like(counts.base[0]), torch.zeros((), dtype=torch.int64))
+        picked = [
+            [part[s][j] for s, j in enumerate(now.tolist())]
+            for part in (counts.inputs, counts.outputs, counts.rest)
+        ]
+        zeros = (
+            torch.zeros_like(counts.base[0]),
+            torch.zeros_like(counts.base[0]),
+            torch.zeros((), dtype=torch.int64),
+        )
         return tuple(torch.stack(p).sum(0) if p else z for p, z in zip(picked, zeros, strict=True))  # type: ignore[return-value]
 
     def options(steps: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
@@ -180,7 +243,9 @@ def descend(
                 if 0 <= k + step < len(a):
                     old, new = int(a[k]), int(a[k + step])
                     moves.append((s, k + step))
-                    deltas.append([part[s][new] - part[s][old] for part in (counts.inputs, counts.outputs, counts.rest)])
+                    deltas.append(
+                        [part[s][new] - part[s][old] for part in (counts.inputs, counts.outputs, counts.rest)]
+                    )
                     change.append(float(losses[s][new] - losses[s][old]))
         if not moves:
             return [], torch.empty(0), torch.empty(0), torch.empty(0)
@@ -190,7 +255,7 @@ def descend(
 
     while True:
         here = state()
-        over = _excess(structure, path.kept(here), budget)
+        over = excess(structure, path.kept(here), budget)
         if budget is not None and over == 0:
             break
         moves, change, macs, size = options(AHEAD)
@@ -228,7 +293,7 @@ def _give_back(
         for k in worth.argsort(descending=True).tolist():
             space, place = moves[k]
             before, at[space] = at[space], place
-            if _excess(structure, path.kept(state()), budget) == 0:
+            if excess(structure, path.kept(state()), budget) == 0:
                 path.states.append(state())
                 break
             at[space] = before
@@ -247,7 +312,8 @@ def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tens
     return total
 
 
-def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+def excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
+    """By how much the kept channels exceed a budget, counts summed up; 0: within it."""
     if budget is None:
         return 1
     over = 0 if budget.macs is None else max(structure.macs(kept) - budget.macs, 0)
@@ -255,15 +321,16 @@ def _excess(structure: Structure, kept: Tensor, budget: Budget | None) -> int:
 
 
 def _refuse(structure: Structure, kept: Tensor, budget: Budget) -> None:
-    whole = structure.everything()
     parts = []
-    if budget.macs is not None:
-        least = structure.macs(kept)
-        parts.append(f"{least:,} MACs ({least / max(structure.macs(whole), 1):.3f} of the reduced model's weights')")
-    if budget.parameters is not None:
-        least = structure.size(kept)
-        parts.append(f"{least:,} parameters ({least / max(structure.size(whole), 1):.3f})")
+    for asked, count, given, others, unit in (
+        (budget.macs, structure.macs, budget.given[0], budget.others[0], "MACs"),
+        (budget.parameters, structure.size, budget.given[1], budget.others[1], "parameters"),
+    ):
+        if asked is not None:
+            least = count(kept) + others
+            share = f" ({math.ceil(1000 * least / given) / 10:.1f} % of the given model's)" if given else ""
+            parts.append(f"{least:,} {unit}{share}")
     raise InputError(
-        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}; ask for more, "
-        "or protect and round less"
+        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}: "
+        "ask for more, or protect and round less"
     )

@@ -5,8 +5,8 @@
 
 Inputs are cut into chunks of one size, since sizes in a graph are those of its example. All chunks go through a
 node before the next node runs, so that a weight can be fitted where it stands, with what came before it fitted
-already; only what a later node still reads is kept (`Program.release`). Weights and activations stay in the model's
-type, float32 for half precision; second moments are summed up in float64 (`projection.Moments`).
+already; only what a later node still reads is kept (`Program.release`). Weights and activations stay in the
+model's type, float32 for half precision; second moments are summed up in float64 (`projection.Moments`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ Values = dict[Node | str, Any]
 """By node; and by name the biases that are yet to be made (`Program.rooms`)."""
 CHUNK = 64
 """Samples in a chunk, at most."""
+CHUNKS = 8
+"""Chunks, where samples are few: some are to be fitted on, some choose the ridge, some are held out."""
+LEAST = 4
+"""Calibration samples, at least: two to fit on and two to measure on."""
 SAMPLES = 1024
 """Calibration samples used, at most, unless the caller says otherwise."""
 
@@ -58,26 +62,36 @@ def samples_of(
 ) -> Samples:
     """Read a loader of inputs, or of (inputs, labels) whose labels are dropped, into chunks of one size.
 
-    Raises `InputError`, naming the batch: no samples, other shapes than the example's, NaN or infinite values.
+    Raises `InputError`, naming the batch: too few samples, other shapes or types than the example's, NaN or
+    infinite values, samples that are all the same.
     """
     args, kwargs = as_arguments(example)
-    shapes = [leaf.shape[1:] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not shapes:
+    wanted = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not wanted:
         raise InputError("example_inputs holds no tensor: pass the inputs that the model takes")
+    if limit < LEAST:
+        raise InputError(f"samples={limit} is too few: use at least {LEAST}, some hundreds are good")
+    if not isinstance(calibration, Iterable) or isinstance(calibration, Mapping):
+        kind = type(calibration).__name__
+        raise InputError(f"calibration is of type {kind}: pass a list of batches, or a loader")
     at = next(model.parameters(), torch.empty(0))
-    parts: list[list[Tensor]] = [[] for _ in shapes]
+    parts: list[list[Tensor]] = [[] for _ in wanted]
     count = 0
     for number, batch in enumerate([calibration] if isinstance(calibration, Tensor) else calibration):
-        leaves = _leaves(batch, args, len(shapes))
         where = f"batch {number} of the calibration data"
-        if len(leaves) != len(shapes) or any(
-            leaf.ndim == 0 or leaf.shape[1:] != s for leaf, s in zip(leaves, shapes, strict=False)
+        leaves = _leaves(batch, args, kwargs, len(wanted), where)
+        if len(leaves) != len(wanted) or any(
+            leaf.ndim == 0 or leaf.shape[1:] != like.shape[1:] for leaf, like in zip(leaves, wanted, strict=False)
         ):
             found = [tuple(leaf.shape) for leaf in leaves]
             raise InputError(f"{where} has shapes {found}: pass batches like example_inputs, of any length")
         if len({len(leaf) for leaf in leaves}) > 1:
             raise InputError(f"{where} has tensors of different lengths: the first axis is the batch")
-        for part, leaf in zip(parts, leaves, strict=True):
+        for part, leaf, like in zip(parts, leaves, wanted, strict=True):
+            if leaf.is_floating_point() != like.is_floating_point():
+                raise InputError(
+                    f"{where} has type {leaf.dtype}, the example {like.dtype}: convert it as for a call"
+                )
             if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
                 raise InputError(f"{where} holds NaN or infinite values: leave it out")
             part.append(leaf.detach().to(at.device, at.dtype if leaf.is_floating_point() else leaf.dtype))
@@ -85,19 +99,28 @@ def samples_of(
         if count >= limit:
             break
     used = min(count, limit)
-    if used < 2:
-        raise InputError(f"calibration holds {count} samples: pass at least 2, some hundreds are good")
-    size = used // math.ceil(used / largest)
-    chunks = max(2, used // size) if used >= 2 * size else 2
-    size = min(size, used // chunks)
-    joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]
+    if used < LEAST:
+        raise InputError(f"calibration holds {count} samples: pass at least {LEAST}, some hundreds are good")
+    if all(bool((torch.cat(part)[:used] == part[0][:1]).all()) for part in parts):
+        raise InputError(f"all {used} samples of the calibration data are the same: pass inputs that differ")
+    chunks = max(math.ceil(used / largest), min(CHUNKS, used // 2))
+    size = used // chunks
+    joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]  # type: ignore[no-untyped-call]
     return Samples(tuple(zip(*joined, strict=True)), size, count, size * chunks, example)
 
 
-def _leaves(batch: Any, args: tuple[Any, ...], expected: int) -> list[Tensor]:
-    """The tensors of a batch in the order of the example's; a second entry beyond these is a label."""
-    if isinstance(batch, tuple | list) and len(args) == 1 and len(batch) >= 2 and expected == 1:
-        batch = batch[0]
+def _leaves(
+    batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: int, where: str
+) -> list[Tensor]:
+    """The tensors of a batch in the order of the example's: keywords by name, without labels beside the inputs."""
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        nested = isinstance(batch[0], tuple | list | Mapping)
+        if nested or (len(args) == 1 and expected == 1):
+            batch = batch[0]
+    if kwargs and isinstance(batch, Mapping):
+        if missing := [name for name in kwargs if name not in batch]:
+            raise InputError(f"{where} has no {missing[0]!r}, which example_inputs has: pass batches like it")
+        batch = {name: batch[name] for name in kwargs}
     return [leaf for leaf in pytree.tree_leaves(as_arguments(batch)) if isinstance(leaf, Tensor)]
 
 
@@ -176,13 +199,15 @@ class Program:
         for node in self.nodes:
             standing += _bytes(node)
             most = max(most, standing)
-            standing -= sum(_bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None)
+            standing -= sum(
+                _bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None
+            )
         return max(most, 1) // max(batch, 1)
 
 
 def _short_branches_first(graph: Graph) -> list[Node]:
-    """The graph's nodes in an order in which, where branches meet, the one through fewer weights has run before the
-    other: a shortcut is known by the time that the weights are fitted whose output is added to it."""
+    """The graph's nodes in an order in which, where branches meet, the one through fewer weights has run before
+    the other: a shortcut is known by the time that the weights are fitted whose output is added to it."""
     depth: dict[Node, int] = {}
     for node in graph.nodes:
         own = int(any(o.tensor is not None for o in node.operands()))
@@ -232,8 +257,8 @@ def positions(node: Node, op: Contract) -> int:
 class Rows:
     """Rows of a weight's input and output, at the same random places of each sample.
 
-    input (G, r, C/G * taps) in the order of `Layout.canonical`; output (G, r, O/G). `wide`: the input without taps,
-    (1, r, C), which is all that there is to a transposed convolution.
+    input (G, r, C/G * taps) in the order of `Layout.canonical`; output (G, r, O/G). `wide`: the input without
+    taps, (1, r, C), which is all that there is to a transposed convolution.
     """
 
     def __init__(self, node: Node, op: Contract, most: int, generator: torch.Generator) -> None:
@@ -257,7 +282,8 @@ class Rows:
         """(rows, channels)."""
         last = value.movedim(self.op.layout.axis, -1)
         if places is not None:
-            last = last[(slice(None), *(p.to(value.device) for p in places))]
+            at: list[Any] = [slice(None), *(p.to(value.device) for p in places)]
+            last = last[tuple(at)]
         return last.reshape(-1, last.shape[-1])
 
     def output(self, value: Tensor) -> Tensor:
@@ -287,7 +313,8 @@ class Rows:
             value = value[..., :: dilation[axis]]
         value = value.movedim(1, 1 + count)  # (N, *space, C, *kernel)
         if self.output_places is not None:
-            value = value[(slice(None), *(p.to(value.device) for p in self.output_places))]
+            at: list[Any] = [slice(None), *(p.to(value.device) for p in self.output_places)]
+            value = value[tuple(at)]
         taps = math.prod(self.kernel)
         rows = value.reshape(-1, self.groups, value.shape[-count - 1] // self.groups * taps)
         return rows.transpose(0, 1)

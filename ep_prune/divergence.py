@@ -2,13 +2,13 @@
 
 Scores of classes, an output (N, C) with C > 1: KL(softmax(wide) || softmax(narrow)), a sample's mean, in nats. Any
 other floating output: half the mean squared difference, in units of the output's own variance over the samples.
-Outputs that are not floating do not count. `own_answer_loss` is what has the Fisher information of the same measure
-as the mean square of its gradient: labels drawn from the softmax, or normal noise.
+Outputs that are not floating do not count. `own_answer_loss` is what has the Fisher information of the same
+measure as the mean square of its gradient: labels drawn from the softmax, or normal noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,19 @@ def agreement(wide: Sequence[Tensor], narrow: Sequence[Tensor]) -> float | None:
         if a.is_floating_point() and is_scores(a):
             return float((a.argmax(1) == b.argmax(1)).double().mean())
     return None
+
+
+def classes_seen(batches: Iterable[Sequence[Tensor]]) -> tuple[int, int, int] | None:
+    """Of answers to batches: how many classes are decided for, of how many, on how many samples; None without
+    any."""
+    seen: list[Tensor] = []
+    classes = 0
+    for batch in batches:
+        scores = next((a for a in batch if a.is_floating_point() and is_scores(a)), None)
+        if scores is not None:
+            classes = scores.shape[1]
+            seen.append(scores.argmax(1))
+    return (len(torch.unique(torch.cat(seen))), classes, sum(map(len, seen))) if seen else None
 
 
 def own_answer_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

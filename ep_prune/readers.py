@@ -5,17 +5,17 @@ weight is used once and a constant has a place to go to; what other weights read
 Two views of a weight (`Reader.view`), by what its fit is made on:
 
     taps       (G, O/G, C/G * taps): the patches that a linear layer or a convolution really reads
-    channels   (1, O * taps * spots, R): channels alone, for transposed convolutions and where patches are too large;
-               R channels, each at several spots (a flattened image)
+    channels   (1, O * taps * spots, R): channels alone, for transposed convolutions and where patches are too
+               large; R channels, each at several spots (a flattened image)
 
-`Structure` holds all readers of one graph, the spaces of channels that may be narrowed, and their costs, as functions
-of `kept`: a bool for every slot root (`slots`).
+`Structure` holds all readers of one graph, the spaces of channels that may be narrowed, and their costs, as
+functions of `kept`: a bool for every slot root (`slots`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwi
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
+from ep_prune.slots import EqualCounts, Groups, Slots
 from ep_prune.spaces import spaces
 
 LARGEST = 4700
@@ -41,8 +42,8 @@ class Reader:
     """One weight: where it stands, what it reads (`roots` (n,)) and writes (`outputs` (G, O/G)), by slot root.
 
     bias, mean, new_bias: where its constant goes (`Demand`). norm: the batch norm that follows, with its node.
-    other: what is added to the output further on, if it is there before this weight runs. rectified: a ReLU comes next,
-    and nothing else reads what it reads. kept_whole: why its inputs
+    other: what is added to the output further on, if it is there before this weight runs. rectified: a ReLU
+    comes next, and nothing else reads what it reads. kept_whole: why its inputs
     cannot be narrowed, "" if they can. columns (G, P): the root of every column of the view.
     """
 
@@ -72,6 +73,11 @@ class Reader:
     @property
     def kernel(self) -> tuple[int, ...]:
         return tuple((self.op.weight.shape or ())[2:])
+
+    @property
+    def depthwise(self) -> bool:
+        """Groups of one input: what goes takes its outputs along, and nothing is to be made up for."""
+        return self.op.layout.groups > 1 and self.roots.numel() == self.op.layout.groups
 
     def view(self, weight: Tensor) -> Tensor:
         """(G, O/G, P), or (1, O * taps * q, R) by channels."""
@@ -120,6 +126,9 @@ class Free:
     roots: Tensor
     longest: Tensor
     """The roots along its longest axis, kept ones and all: what `round_to` counts."""
+    sections: Tensor | None = None
+    """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no
+    such."""
 
 
 class Structure:
@@ -130,6 +139,7 @@ class Structure:
     ) -> None:
         self.graph = graph = program.graph
         self.numbering = number_channels(graph)
+        _join_depthwise(self.numbering.slots)
         self.roots = self.numbering.slots.roots()
         self.count = self.numbering.slots.count
         self.parameters = set(parameters)
@@ -147,6 +157,9 @@ class Structure:
             if reader.kept_whole and not bool(self.pinned[reader.roots].all()):
                 self.untouched[reader.node.layer or reader.name] = reader.kept_whole
                 self.pinned[reader.roots] = True
+        program.rooms |= {
+            r.node: (str(r.constant), r.op.layout.axis) for r in self.readers if r.new_bias is not None
+        }
         self._selection = select(self.numbering)
         self.spaces = self._spaces()
 
@@ -163,7 +176,9 @@ class Structure:
         elif reader.constant is None:
             reader.kept_whole = "it has no bias, and there is no place for one"
         wide = op.layout.canonical(self.graph.tensors[name])
-        reader.by_channels = wide.shape[2] * wide.shape[3] > LARGEST or op.layout.signature.startswith("transposed")
+        reader.by_channels = wide.shape[2] * wide.shape[3] > LARGEST or op.layout.signature.startswith(
+            "transposed"
+        )
         columns = demand.roots.reshape(op.layout.groups, -1).repeat_interleave(wide.shape[3], 1)
         if reader.by_channels:
             unique, spots = _spots(demand.roots)
@@ -183,8 +198,24 @@ class Structure:
             own = torch.unique(torch.cat(axes))
             free = own[~self.pinned[own]]
             if len(free) > (0 if len(free) < len(own) else 1):
-                found.append(Free(space.name, free, max(axes, key=len)))
+                found.append(Free(space.name, free, max(axes, key=len), self._sections(free)))
         return found
+
+    def _sections(self, free: Tensor) -> Tensor | None:
+        for constraint in self.numbering.slots.constraints:
+            sides: tuple[Tensor, ...] = ()
+            if isinstance(constraint, Groups):
+                sides = constraint.inputs, constraint.outputs
+            elif isinstance(constraint, EqualCounts):
+                sides = (torch.stack(constraint.sections),)
+            for rows in (self.roots[side] for side in sides):
+                number = torch.full((self.count,), -1)
+                number[rows] = torch.arange(len(rows)).unsqueeze(1)
+                own = number[free]
+                equal = rows.shape[1] > 1 and len(torch.unique(rows)) == rows.numel() and bool((own >= 0).all())
+                if equal and len(torch.unique(torch.bincount(own, minlength=len(rows)))) == 1:
+                    return own
+        return None
 
     def everything(self) -> Tensor:
         return torch.ones(self.count, dtype=torch.bool)
@@ -205,9 +236,14 @@ class Structure:
         return sum(self._weight_size(r, kept) * positions(r.node, r.op) * r.uses for r in self.readers)
 
     def size(self, kept: Tensor) -> int:
-        """Parameters."""
+        """Parameters, with the biases that a fit makes."""
         weights = {reader.name: reader for reader in self.readers}
         total = sum(self._weight_size(r, kept) for r in self.readers if r.name in self.parameters)
+        fitted = False
+        for reader in self.readers:  # from the first that loses inputs on, all weights are fitted
+            fitted = fitted or not bool(kept[reader.roots].all())
+            if fitted and reader.new_bias is not None and not reader.kept_whole:
+                total += int(kept[reader.outputs].sum())
         bound: dict[str, dict[int, Tensor]] = {}
         for (name, axis), slots in self.numbering.slots.bound.items():
             bound.setdefault(name, {})[axis] = slots
@@ -250,19 +286,32 @@ class Structure:
             rows = outputs[groups].nonzero()[:, 1].reshape(len(groups), -1)
             columns = inputs[groups].nonzero()[:, 1].reshape(len(groups), -1)
             wide = wide.gather(1, rows[:, :, None, None].to(wide.device).expand(-1, -1, *wide.shape[2:]))
-            wide = wide.gather(2, columns[:, None, :, None].to(wide.device).expand(-1, wide.shape[1], -1, wide.shape[3]))
+            wide = wide.gather(
+                2, columns[:, None, :, None].to(wide.device).expand(-1, wide.shape[1], -1, wide.shape[3])
+            )
             narrow = layout.original(wide, reader.kernel).contiguous()
             constant = own.get(reader.constant or "")
             if constant is not None:
                 constant = constant[outputs.reshape(-1).to(constant.device)]
                 done.add(str(reader.constant))
             places = (reader.bias, reader.mean, reader.new_bias) if constant is not None else (None,) * 3
-            refits.append(Refit(reader.name, narrow.cpu(), len(groups), None if constant is None else constant.cpu(), *places))
+            refits.append(
+                Refit(
+                    reader.name, narrow.cpu(), len(groups), None if constant is None else constant.cpu(), *places
+                )
+            )
         for (name, axis), slots in self.numbering.slots.bound.items():
             keep = kept[self.roots[slots]]
             if name not in done and not bool(keep.all()):
                 cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
         return Round(cuts=tuple(cuts), refits=tuple(refits))
+
+
+def _join_depthwise(slots: Slots) -> None:
+    """A group of one input goes as a whole: its input and its outputs are one channel."""
+    for constraint in slots.constraints:
+        if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
+            slots.unify(constraint.inputs, constraint.outputs)
 
 
 def _spots(roots: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -297,6 +346,6 @@ def _follow(reader: Reader, graph: Graph, order: Mapping[Node, int]) -> None:
         at = reader_node
 
 
-def reads(readers: Iterable[Reader], roots: Tensor) -> Sequence[Reader]:
+def reads(readers: Iterable[Reader], roots: Tensor) -> list[Reader]:
     """Those that read any of the roots."""
     return [r for r in readers if bool(torch.isin(r.roots, roots).any())]
