@@ -261,7 +261,7 @@ def _verify(options: argparse.Namespace) -> int:
     domain = plan.domain if options.domain is None else domain_of(options.domain, inputs)
     if domain is not None:
         inputs = moved_inside(inputs, domain, options.seed)
-    if cli_compress.is_fitted(plan):
+    if plan.fitted:
         cli_compress.verify_fitted(wide, narrow, plan, inputs, probes, options)
         return DONE
     if options.tol == 0:

@@ -116,11 +116,6 @@ def _writers(options: argparse.Namespace, result: Compressed) -> dict[Path, Call
 # ---- verify --------------------------------------------------------------------------------------------
 
 
-def is_fitted(plan: Plan) -> bool:
-    """Whether a plan holds weights that were fitted to data."""
-    return any(step.refits for step in plan.rounds)
-
-
 def verify_fitted(
     wide: nn.Module,
     narrow: nn.Module,
