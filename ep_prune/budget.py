@@ -1,9 +1,10 @@
 """Widths under a budget: which space gives up how many channels.
 
-Every space has a curve, the divergence of the outputs over the channels that it has given up (`fitting.Curve`).
-Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the widths
-that the other spaces have by then: costs are products of widths, so what a channel saves changes on the way. Looking
-several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is given back.
+Every space has a curve, the divergence of the outputs over the channels that it has given up (`curves.Curve`).
+Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the
+widths that the other spaces have by then: costs are products of widths, so what a channel saves changes on the
+way. Looking several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is
+given back.
 
 The states on the way form a path from wide to narrow; budgets that are not counted but measured (`tol`, `latency`,
 `max_drop`) look for their place on it (`Path.search`).
@@ -12,15 +13,16 @@ The states on the way form a path from wide to narrow; budgets that are not coun
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ep_prune.calibrate import positions
+from ep_prune.curves import Curve
 from ep_prune.errors import InputError
-from ep_prune.fitting import Curve
 from ep_prune.readers import Structure
 
 AHEAD = (1, 2, 4, 8)
@@ -28,8 +30,53 @@ AHEAD = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The budgets, checked."""
+
+    keep_macs: float | None
+    keep_params: float | None
+    latency: float | None
+    tol: float | None
+    max_drop: float | None
+    evaluate: Callable[[nn.Module], float] | None
+    round_to: int
+
+    def __post_init__(self) -> None:
+        named = {k: getattr(self, k) for k in ("keep_macs", "keep_params", "latency", "tol", "max_drop")}
+        if all(value is None for value in named.values()):
+            raise InputError(
+                "no budget: pass keep_macs=, keep_params=, latency=, tol= or max_drop= with evaluate="
+            )
+        for name, value in named.items():
+            if value is None:
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            share = name.startswith("keep")
+            if not number or not (math.isfinite(value) and value >= 0 and (value > 0 or not share)):
+                raise InputError(f"{name}={value!r} is no budget: it must be a number above 0")
+            if share and value > 1 and value != int(value):
+                raise InputError(
+                    f"{name}={value!r} is neither a share up to 1 nor a whole number: pass one of these"
+                )
+        if (self.max_drop is None) != (self.evaluate is None):
+            raise InputError("max_drop= and evaluate= go together: evaluate(model) gives the figure that may drop")
+        if self.round_to < 1:
+            raise InputError(f"round_to={self.round_to} is not at least 1")
+
+    @property
+    def measured(self) -> bool:
+        return any(value is not None for value in (self.latency, self.tol, self.max_drop))
+
+    def __str__(self) -> str:
+        parts = [f"{k}={v:g}" for k in ("keep_macs", "keep_params", "latency", "tol", "max_drop")
+                 if (v := getattr(self, k)) is not None]  # fmt: skip
+        return ", ".join(parts) + (f", round_to={self.round_to}" if self.round_to > 1 else "")
+
+
+@dataclass(frozen=True)
 class Budget:
-    """What may stay of what the structure counts: multiply-accumulates of one sample, parameters; None: not asked for.
+    """What may stay of what the structure counts: multiply-accumulates of one sample, parameters; None: not
+    asked for.
 
     given, others: both of the model that was given, and those that the structure does not count, for what is said.
     """
@@ -70,10 +117,10 @@ class Counts:
             order = curve.order
             place = torch.full((structure.count,), len(order))
             place[order] = torch.arange(len(order))
-            lost = [[_cumulative(place[part.reshape(-1)], len(order)) for r in readers for part in (side(r),)]
-                    for side in (lambda r: r.roots, lambda r: r.outputs)]  # fmt: skip
-            inputs.append(torch.stack(lost[0], 1))
-            outputs.append(torch.stack(lost[1], 1))
+            inputs.append(torch.stack([_cumulative(place[r.roots], len(order)) for r in readers], 1))
+            outputs.append(
+                torch.stack([_cumulative(place[r.outputs.reshape(-1)], len(order)) for r in readers], 1)
+            )
             rest.append(torch.cat([extra.new_zeros(1), extra[order].cumsum(0)]))
         weights = sum(structure._weight_size(r, whole) for r in readers if r.name in structure.parameters)
         return Counts(
@@ -126,7 +173,8 @@ class Path:
         return self.structure.close(kept)
 
     def search(self, good: Callable[[Tensor], bool], most: int) -> Tensor | None:
-        """The narrowest state found for which `good` holds, by bisection, in at most `most` trials; None: no state."""
+        """The narrowest state found for which `good` holds, by bisection, in at most `most` trials; None: no
+        state."""
         low, high, found = -1, len(self.states), None
         for _ in range(most):
             if high - low <= 1:
@@ -142,7 +190,8 @@ class Path:
 def allowed_widths(
     structure: Structure, curves: Sequence[Curve], round_to: int, least: Callable[[str], int]
 ) -> list[Tensor]:
-    """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or more."""
+    """For every space, how many channels it may give up: what leaves multiples of `round_to`, and `least` or
+    more."""
     result = []
     for curve in curves:
         space = curve.space
@@ -282,6 +331,6 @@ def _refuse(structure: Structure, kept: Tensor, budget: Budget) -> None:
             share = f" ({math.ceil(1000 * least / given) / 10:.1f} % of the given model's)" if given else ""
             parts.append(f"{least:,} {unit}{share}")
     raise InputError(
-        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}: ask for more, "
-        "or protect and round less"
+        f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}: "
+        "ask for more, or protect and round less"
     )

@@ -5,8 +5,8 @@
 
 Inputs are cut into chunks of one size, since sizes in a graph are those of its example. All chunks go through a
 node before the next node runs, so that a weight can be fitted where it stands, with what came before it fitted
-already; only what a later node still reads is kept (`Program.release`). Weights and activations stay in the model's
-type, float32 for half precision; second moments are summed up in float64 (`projection.Moments`).
+already; only what a later node still reads is kept (`Program.release`). Weights and activations stay in the
+model's type, float32 for half precision; second moments are summed up in float64 (`projection.Moments`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def samples_of(
             raise InputError(f"{where} has tensors of different lengths: the first axis is the batch")
         for part, leaf, like in zip(parts, leaves, wanted, strict=True):
             if leaf.is_floating_point() != like.is_floating_point():
-                raise InputError(f"{where} has type {leaf.dtype}, the example {like.dtype}: convert it as for a call")
+                raise InputError(
+                    f"{where} has type {leaf.dtype}, the example {like.dtype}: convert it as for a call"
+                )
             if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
                 raise InputError(f"{where} holds NaN or infinite values: leave it out")
             part.append(leaf.detach().to(at.device, at.dtype if leaf.is_floating_point() else leaf.dtype))
@@ -103,7 +105,7 @@ def samples_of(
         raise InputError(f"all {used} samples of the calibration data are the same: pass inputs that differ")
     chunks = max(math.ceil(used / largest), min(CHUNKS, used // 2))
     size = used // chunks
-    joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]
+    joined = [torch.cat(part)[: size * chunks].split(size) for part in parts]  # type: ignore[no-untyped-call]
     return Samples(tuple(zip(*joined, strict=True)), size, count, size * chunks, example)
 
 
@@ -204,8 +206,8 @@ class Program:
 
 
 def _short_branches_first(graph: Graph) -> list[Node]:
-    """The graph's nodes in an order in which, where branches meet, the one through fewer weights has run before the
-    other: a shortcut is known by the time that the weights are fitted whose output is added to it."""
+    """The graph's nodes in an order in which, where branches meet, the one through fewer weights has run before
+    the other: a shortcut is known by the time that the weights are fitted whose output is added to it."""
     depth: dict[Node, int] = {}
     for node in graph.nodes:
         own = int(any(o.tensor is not None for o in node.operands()))
@@ -255,8 +257,8 @@ def positions(node: Node, op: Contract) -> int:
 class Rows:
     """Rows of a weight's input and output, at the same random places of each sample.
 
-    input (G, r, C/G * taps) in the order of `Layout.canonical`; output (G, r, O/G). `wide`: the input without taps,
-    (1, r, C), which is all that there is to a transposed convolution.
+    input (G, r, C/G * taps) in the order of `Layout.canonical`; output (G, r, O/G). `wide`: the input without
+    taps, (1, r, C), which is all that there is to a transposed convolution.
     """
 
     def __init__(self, node: Node, op: Contract, most: int, generator: torch.Generator) -> None:
@@ -280,7 +282,8 @@ class Rows:
         """(rows, channels)."""
         last = value.movedim(self.op.layout.axis, -1)
         if places is not None:
-            last = last[(slice(None), *(p.to(value.device) for p in places))]
+            at: list[Any] = [slice(None), *(p.to(value.device) for p in places)]
+            last = last[tuple(at)]
         return last.reshape(-1, last.shape[-1])
 
     def output(self, value: Tensor) -> Tensor:
@@ -310,7 +313,8 @@ class Rows:
             value = value[..., :: dilation[axis]]
         value = value.movedim(1, 1 + count)  # (N, *space, C, *kernel)
         if self.output_places is not None:
-            value = value[(slice(None), *(p.to(value.device) for p in self.output_places))]
+            at: list[Any] = [slice(None), *(p.to(value.device) for p in self.output_places)]
+            value = value[tuple(at)]
         taps = math.prod(self.kernel)
         rows = value.reshape(-1, self.groups, value.shape[-count - 1] // self.groups * taps)
         return rows.transpose(0, 1)

@@ -25,10 +25,11 @@ class Width:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """The outcome. Grade *fitted*: `divergence` (`divergence.divergence`), `agreement` (share of equal decisions, None
-    where the model gives no class scores) and `change` (largest of any output, relative) are measured on calibration
-    samples that nothing was fitted on. errors: by weight, of its outputs on held-out rows, as a share of their
-    variance. reduced: the cost once what is exact is gone. Latencies in milliseconds a call on the example."""
+    """The outcome. Grade *fitted*: `divergence` (`divergence.divergence`), `agreement` (share of equal
+    decisions, None where the model gives no class scores) and `change` (largest of any output, relative) are
+    measured on calibration samples that nothing was fitted on. errors: by weight, of its outputs on held-out
+    rows, as a share of their variance. reduced: the cost once what is exact is gone. Latencies in milliseconds
+    a call on the example."""
 
     budget: str
     widths: tuple[Width, ...]
@@ -117,7 +118,8 @@ class CompressReport:
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
         axes.set_title(
             f"MACs {self.after.macs / max(self.before.macs, 1):.0%}, parameters "
-            f"{self.after.parameters / max(self.before.parameters, 1):.0%}, divergence {self.divergence:.3g} (held out)",
+            f"{self.after.parameters / max(self.before.parameters, 1):.0%}, "
+            f"divergence {self.divergence:.3g} (held out)",
             fontsize=10,
             loc="left",
         )

@@ -2,8 +2,8 @@
 
 Scores of classes, an output (N, C) with C > 1: KL(softmax(wide) || softmax(narrow)), a sample's mean, in nats. Any
 other floating output: half the mean squared difference, in units of the output's own variance over the samples.
-Outputs that are not floating do not count. `own_answer_loss` is what has the Fisher information of the same measure
-as the mean square of its gradient: labels drawn from the softmax, or normal noise.
+Outputs that are not floating do not count. `own_answer_loss` is what has the Fisher information of the same
+measure as the mean square of its gradient: labels drawn from the softmax, or normal noise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def agreement(wide: Sequence[Tensor], narrow: Sequence[Tensor]) -> float | None:
 
 
 def classes_seen(batches: Iterable[Sequence[Tensor]]) -> tuple[int, int, int] | None:
-    """Of answers to batches: how many classes are decided for, of how many, on how many samples; None without any."""
+    """Of answers to batches: how many classes are decided for, of how many, on how many samples; None without
+    any."""
     seen: list[Tensor] = []
     classes = 0
     for batch in batches:

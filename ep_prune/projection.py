@@ -1,9 +1,10 @@
 """Least squares on second moments: which inputs of a weight to keep, and the weight that reads them alone.
 
-A weight W (o, p) reads x (p,); on data x has mean m and covariance H = E[(x - m)(x - m)']. Of x only a part K is to
-be kept. The weight that then comes nearest to y, which need not be W x, and its intercept:
+A weight W (o, p) reads x (p,); on data x has mean m and covariance H = E[(x - m)(x - m)']. Of x only a part K
+is to be kept. The weight that then comes nearest to y, which need not be W x, and its intercept:
 
-    min E |W' x_K + b - y|^2 + ridge |W' - W_K|^2      W' = (C + ridge W_K)(H_KK + ridge)^-1,   C = E[(y - Ey)(x_K - m_K)']
+    min E |W' x_K + b - y|^2 + ridge |W' - W_K|^2      W' = (C + ridge W_K)(H_KK + ridge)^-1
+    C = E[(y - E y)(x_K - m_K)']
 
 `eliminate` orders the inputs by how little is lost without them (optimal brain surgeon: Hassibi and Stork, 1993;
 blocks of inputs, since a channel is read at several taps). With A = H^-1 over what is left and block c:
@@ -46,7 +47,8 @@ class Moments:
     @staticmethod
     def empty(groups: int, inputs: int, outputs: int, device: torch.device) -> Moments:
         sizes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,), (outputs,))
-        return Moments(*(torch.zeros(groups, *s, dtype=torch.float64, device=device) for s in sizes))
+        xx, xy, x, y, yy = (torch.zeros(groups, *s, dtype=torch.float64, device=device) for s in sizes)
+        return Moments(xx, xy, x, y, yy)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count rows: x (g, r, p), y (g, r, o)."""
@@ -67,8 +69,8 @@ class Moments:
         self.yy += y.square().sum(1)
 
     def __add__(self, other: Moments) -> Moments:
-        parts = (getattr(self, n) + getattr(other, n) for n in ("xx", "xy", "x", "y", "yy"))
-        return Moments(*parts, rows=self.rows + other.rows)
+        xx, xy, x, y, yy = (getattr(self, n) + getattr(other, n) for n in ("xx", "xy", "x", "y", "yy"))
+        return Moments(xx, xy, x, y, yy, self.rows + other.rows)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """H (g, p, p), C (g, p, o), the means of x and y, and the variance of y (g, o)."""
@@ -85,7 +87,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fit:
-    """weight (g, o, p), intercept (g, o), the ridge taken, and the error on held-out rows as a share of y's variance."""
+    """weight (g, o, p), intercept (g, o), the ridge taken, and the error on held-out rows (share of y's
+    variance)."""
 
     weight: Tensor
     intercept: Tensor
@@ -119,7 +122,8 @@ def _solve(covariance: Tensor, cross: Tensor, towards: Tensor, share: float) -> 
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     ridge = share * diagonal.mean(1).clamp_min(1e-30).reshape(-1, 1, 1)
     eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.solve(covariance + ridge * eye, cross + ridge * towards)
+    solution: Tensor = torch.linalg.solve(covariance + ridge * eye, cross + ridge * towards)
+    return solution
 
 
 def _times(mean: Tensor, weight: Tensor) -> Tensor:
@@ -134,7 +138,8 @@ def _errors(weight: Tensor, intercept: Tensor, moments: tuple[Tensor, ...]) -> T
 
 
 def through(weight: Tensor, covariance: Tensor, kept: Tensor, share: float = RIDGE) -> Tensor:
-    """The weight (g, o, p) that reads only the kept inputs (g, p) bool, zero elsewhere, nearest to `weight` itself."""
+    """The weight (g, o, p) that reads only the kept inputs (g, p) bool, zero elsewhere, nearest to `weight`
+    itself."""
     size = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).reshape(-1, 1, 1)
     ridge = share * size
     eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
@@ -142,7 +147,8 @@ def through(weight: Tensor, covariance: Tensor, kept: Tensor, share: float = RID
     both = kept.unsqueeze(1) & kept.unsqueeze(2)
     inner = torch.where(both, regular, size * eye)  # dropped inputs stand apart, and get 0
     asked = torch.where(kept.unsqueeze(1), weight.double() @ regular, 0.0)
-    return torch.linalg.solve(inner, asked.transpose(1, 2)).transpose(1, 2)
+    solution: Tensor = torch.linalg.solve(inner, asked.transpose(1, 2))
+    return solution.transpose(1, 2)
 
 
 @dataclass
@@ -163,7 +169,7 @@ class Reading:
 def weighted(weight: Tensor, metric: Tensor) -> Tensor:
     """The root of `metric` (g, o, o) times a weight (g, o, p): |.|^2 then counts as tr(G W .. W')."""
     values, vectors = torch.linalg.eigh(metric.double())
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+    root: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
     return root.transpose(1, 2) @ weight.double()
 
 

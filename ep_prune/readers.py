@@ -5,17 +5,17 @@ weight is used once and a constant has a place to go to; what other weights read
 Two views of a weight (`Reader.view`), by what its fit is made on:
 
     taps       (G, O/G, C/G * taps): the patches that a linear layer or a convolution really reads
-    channels   (1, O * taps * spots, R): channels alone, for transposed convolutions and where patches are too large;
-               R channels, each at several spots (a flattened image)
+    channels   (1, O * taps * spots, R): channels alone, for transposed convolutions and where patches are too
+               large; R channels, each at several spots (a flattened image)
 
-`Structure` holds all readers of one graph, the spaces of channels that may be narrowed, and their costs, as functions
-of `kept`: a bool for every slot root (`slots`).
+`Structure` holds all readers of one graph, the spaces of channels that may be narrowed, and their costs, as
+functions of `kept`: a bool for every slot root (`slots`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +42,8 @@ class Reader:
     """One weight: where it stands, what it reads (`roots` (n,)) and writes (`outputs` (G, O/G)), by slot root.
 
     bias, mean, new_bias: where its constant goes (`Demand`). norm: the batch norm that follows, with its node.
-    other: what is added to the output further on, if it is there before this weight runs. rectified: a ReLU comes next,
-    and nothing else reads what it reads. kept_whole: why its inputs
+    other: what is added to the output further on, if it is there before this weight runs. rectified: a ReLU
+    comes next, and nothing else reads what it reads. kept_whole: why its inputs
     cannot be narrowed, "" if they can. columns (G, P): the root of every column of the view.
     """
 
@@ -127,7 +127,8 @@ class Free:
     longest: Tensor
     """The roots along its longest axis, kept ones and all: what `round_to` counts."""
     sections: Tensor | None = None
-    """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no such."""
+    """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no
+    such."""
 
 
 class Structure:
@@ -345,6 +346,6 @@ def _follow(reader: Reader, graph: Graph, order: Mapping[Node, int]) -> None:
         at = reader_node
 
 
-def reads(readers: Iterable[Reader], roots: Tensor) -> Sequence[Reader]:
+def reads(readers: Iterable[Reader], roots: Tensor) -> list[Reader]:
     """Those that read any of the roots."""
     return [r for r in readers if bool(torch.isin(r.roots, roots).any())]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ep_prune.trace import as_arguments, run, trace
 from ep_prune.verification import Box, InFloat64
 
 Axis = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass
@@ -204,14 +205,12 @@ def roll_back(
     return final
 
 
-def largest_good(
-    items: Sequence[Space], good: Callable[[Sequence[Space]], bool]
-) -> tuple[list[Space], list[Space]]:
+def largest_good(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> tuple[list[T], list[T]]:
     """Split items into those that can go together and those that spoil it: group testing, O(bad * log n) calls."""
-    accepted: list[Space] = []
-    refused: list[Space] = []
+    accepted: list[T] = []
+    refused: list[T] = []
 
-    def add(part: Sequence[Space]) -> None:
+    def add(part: Sequence[T]) -> None:
         if not part:
             return
         if good([*accepted, *part]):

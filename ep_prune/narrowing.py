@@ -1,0 +1,323 @@
+"""One model on its way to a budget: calibrated, rehearsed, narrowed, checked.
+
+Spaces are rehearsed first: each loses one channel, and the narrow model is run. Where sizes are written into the
+code, the space is named and left alone. The narrow model that is delivered was compared with the function that was
+fitted, in wide shapes; what it does on inputs that nothing was fitted on is measured (`Held`).
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
+from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
+from ep_prune.compress_report import CompressReport, Width
+from ep_prune.cost import cost
+from ep_prune.curves import curves, importances, moments
+from ep_prune.divergence import agreement, classes_seen, divergence
+from ep_prune.errors import InputError, VerificationError
+from ep_prune.fitting import fitted
+from ep_prune.latency import latency_of
+from ep_prune.pipeline import Result, protected
+from ep_prune.plan import Plan, fingerprint
+from ep_prune.probes import synthetic_probes
+from ep_prune.readers import Structure
+from ep_prune.rewrite import apply_round_
+from ep_prune.trace import run, trace
+from ep_prune.trial import largest_good, read_in_training
+
+MEMORY = 3 * 2**30
+"""Bytes of activations that calibration may hold; beyond, fewer samples are used, and the report says so."""
+IMPORTANCE_CHUNKS = 4
+SAME = 1e-3
+"""Largest relative difference, in float32, between the narrow model and its own function in wide shapes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What held-out samples say of a narrow model: divergence, equal decisions, largest relative change.
+    errors: of every weight that was fitted."""
+
+    divergence: float
+    agreement: float | None
+    change: float
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+class Work:
+    """Everything that is known of one model on its way to a budget."""
+
+    def __init__(self, wide: nn.Module, reduced: Result, example: Any, seed: int, bar: Any) -> None:
+        self.wide, self.reduced, self.example, self.seed, self.bar = wide, reduced, example, seed, bar
+        self.before = cost(wide, example)
+        self.base = cost(reduced.model, example)
+        self.notes: list[str] = []
+        self.evaluations = 0
+        self.fits: dict[tuple[int, ...], tuple[nn.Module, Plan, Held]] = {}
+
+    @staticmethod
+    def of(
+        wide: nn.Module, reduced: Result, example: Any, calibration: Iterable[Any] | None, protect: Sequence[str],
+        samples: int, seed: int, bar: Any, notes: Sequence[str],
+    ) -> Work:  # fmt: skip
+        work = Work(wide, reduced, example, seed, bar)
+        work.notes += notes
+        work.model = copy.deepcopy(reduced.model).float().eval()  # float64 and half precision alike
+        if calibration is None:
+            calibration = synthetic_probes(work.model, example, seed)
+            work.notes.append(
+                "no calibration data: synthetic inputs stood in, and the error on real ones is unknown"
+            )
+        work.samples = samples_of(calibration, example, work.model, samples, CHUNK)
+        work._trace()
+        work._limit_memory()
+        work._note_classes()
+        frozen = dict(protected(work.program.graph, protect))
+        frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
+        work.frozen = frozen
+        parameters = [name for name, _ in work.model.named_parameters()]
+        work.structure = Structure(work.program, frozen, parameters)
+        work._rehearse(parameters)
+        return work
+
+    model: nn.Module
+    samples: Samples
+    program: Program
+    structure: Structure
+    frozen: dict[tuple[str, int], str]
+
+    def step(self, text: str) -> None:
+        self.bar.set_postfix_str(text)
+        self.bar.update()
+
+    def _trace(self) -> None:
+        self.program = Program(trace(self.model, self.samples.call(self.samples.chunks[0])))
+        shapes = [node.shape for node in self.program.inputs]
+        found = [tuple(leaf.shape) for leaf in self.samples.chunks[0]]
+        if shapes != found:
+            raise InputError(
+                f"the traced inputs have shapes {shapes}, the calibration's {found}: pass tensors in the order in "
+                "which the model takes them, and more than one sample"
+            )
+
+    def _limit_memory(self) -> None:
+        size = self.samples.size
+        each = 2 * self.program.bytes_a_sample(size) * size
+        most = max(int(MEMORY // max(each, 1)), 3)
+        if most < len(self.samples.chunks):
+            chunks = self.samples.chunks[:most]
+            self.samples = replace(self.samples, chunks=chunks, used=most * size)
+            self.notes.append(
+                f"{most * size} of {self.samples.given} samples used: activations of more would not fit"
+            )
+
+    def _note_classes(self) -> None:
+        """Say so where the samples are of few classes: on others nothing is fitted, and nothing is measured."""
+        seen = classes_seen(self.program.finish(self.program.begin(c, {}), {}) for c in self.samples.chunks)
+        if seen is not None and 2 * seen[0] <= min(seen[1:]):
+            self.notes.append(
+                f"calibration covers {seen[0]} of {seen[1]} classes, as the model answers: "
+                "how the narrow one answers to inputs of the others is unknown"
+            )
+
+    def _split(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """Chunks to fit on, to measure curves on (half of these, at most), and held out."""
+        chunks = self.samples.chunks
+        held = max(1, len(chunks) // 8)
+        fit = chunks[:-held]
+        return fit, fit[-max(1, len(fit) // 2) :], chunks[-held:]
+
+    # ---- which spaces can be narrowed at all ------------------------------------------------------------
+
+    def _rehearse(self, parameters: Sequence[str]) -> None:
+        """Narrow every space by one channel, run, compare; what fails is frozen and named."""
+        if not self.structure.spaces:
+            return
+
+        def good(free: Sequence[Any]) -> bool:
+            kept = self.structure.everything()
+            for space in free:
+                kept[space.roots[-1]] = False
+            kept = self.structure.close(kept)
+            return self._same(kept, self.masked(kept)) is None
+
+        self.step("rehearsing")
+        _, bad = largest_good(list(self.structure.spaces), good)
+        if bad:
+            slots, roots = self.structure.numbering.slots, self.structure.roots
+            for space in bad:
+                for axis, own in slots.bound.items():
+                    if bool(torch.isin(roots[own], space.roots).any()):
+                        self.frozen[axis] = "a size written in the code does not follow"
+            self.structure = Structure(self.program, self.frozen, parameters)
+            self.structure.untouched |= {s.name: "a size written in the code does not follow" for s in bad}
+
+    def masked(self, kept: Tensor) -> dict[str, Tensor]:
+        """The weights with zeros for all channels that go."""
+        own = {}
+        for reader in self.structure.readers:
+            inputs = kept[reader.roots]
+            if not bool(inputs.all()):
+                layout, weight = reader.op.layout, self.program.graph.tensors[reader.name]
+                wide = layout.canonical(weight)
+                mask = inputs.reshape(layout.groups, 1, -1, 1).to(wide.device)
+                own[reader.name] = layout.original(torch.where(mask, wide, 0.0), reader.kernel)
+        return own
+
+    def _same(self, kept: Tensor, own: Mapping[str, Tensor]) -> str | None:
+        """Why the narrow model is not the function that `own` is in wide shapes; None if it is."""
+        narrow = copy.deepcopy(self.model)
+        apply_round_(narrow, self.structure.round(kept, own))
+        chunk = self.samples.chunks[0]
+        expected = self.program.finish(self.program.begin(chunk, own), {})
+        try:
+            found = _tensors(run(narrow, self.samples.call(chunk)))
+        except InputError as error:
+            return str(error)
+        if [t.shape for t in found] != [t.shape for t in expected]:
+            return "its outputs have other shapes"
+        for a, b in zip(expected, found, strict=True):
+            if a.is_floating_point() and a.numel():
+                known = a.isfinite()  # where the fitted network overflows, so may the narrow one
+                a, b = torch.where(known, a, 0.0), torch.where(known, b, 0.0)
+                if not float((a - b).abs().max()) <= SAME * max(float(a.abs().max()), 1e-30):
+                    return f"its outputs differ by {float((a - b).abs().max()):.1e}"
+        return None
+
+    # ---- the path and its places ------------------------------------------------------------------------
+
+    def path(self, asked: Asked, round_to: int, min_width: int | Mapping[str, int]) -> Path:
+        fit, measure, _ = self._split()
+        readers = self.structure.readers
+        if isinstance(min_width, Mapping) and (
+            unknown := set(min_width) - {s.name for s in self.structure.spaces}
+        ):
+            raise InputError(f"min_width names {sorted(unknown)[0]!r}, which is no space that can be narrowed")
+        covariances = moments(self.program, readers, fit, self.seed, self.step)
+        metrics = importances(self.program, readers, fit[:IMPORTANCE_CHUNKS], self.seed, self.step)
+        found = curves(self.program, self.structure, covariances, metrics, measure, self.step)
+        del covariances, metrics
+
+        def least(name: str) -> int:
+            return min_width.get(name, 1) if isinstance(min_width, Mapping) else min_width
+
+        allowed = allowed_widths(self.structure, found, round_to, least)
+        budget = self._counted(asked)
+        if budget is not None and asked.latency is not None:  # the latency may ask for less than what is counted
+            path = descend(self.structure, found, allowed, None)
+            within = [state for state in path.states if excess(self.structure, path.kept(state), budget) == 0]
+            if within:
+                return replace(path, states=within)
+        return descend(self.structure, found, allowed, budget)
+
+    def _counted(self, asked: Asked) -> Budget | None:
+        """The budgets that can be counted, in terms of what the structure counts."""
+        if asked.keep_macs is None and asked.keep_params is None:
+            return None
+        whole = self.structure.everything()
+        given = self.before.macs, self.before.parameters
+        others = self.base.macs - self.structure.macs(whole), self.base.parameters - self.structure.size(whole)
+
+        def left(value: float | None, before: int, other: int) -> int | None:
+            return None if value is None else max(int(value * before if value <= 1 else value) - other, 0)
+
+        macs, size = (
+            left(v, b, o) for v, b, o in zip((asked.keep_macs, asked.keep_params), given, others, strict=True)
+        )
+        return Budget(macs, size, given, others)
+
+    def narrow(self, path: Path, state: Tensor) -> tuple[nn.Module, Plan, Held]:
+        """The model at one place of the path, its plan, and what held-out samples say of it."""
+        key = tuple(state.tolist())
+        if key not in self.fits:
+            self.fits[key] = self._fit(path.kept(state))
+        return self.fits[key]
+
+    def _fit(self, kept: Tensor) -> tuple[nn.Module, Plan, Held]:
+        fit, _, held = self._split()
+        rounds = list(self.reduced.plan.rounds)
+        narrow = copy.deepcopy(self.reduced.model)
+        errors: dict[str, float] = {}
+        if not bool(kept.all()):
+            own, errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
+            if (why := self._same(kept, own)) is not None:
+                raise VerificationError(
+                    f"the narrow model is not what was fitted ({why}): please report this model"
+                )
+            step = self.structure.round(kept, own)
+            apply_round_(narrow, step)
+            rounds.append(step)
+        plan = Plan(tuple(rounds), fingerprint(self.wide.state_dict()), self.reduced.plan.notes)
+        return narrow, plan, self._held(narrow, held, errors)
+
+    def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> Held:
+        narrow = copy.deepcopy(narrow).float()
+        losses, equal = [], []
+        worst: dict[int, tuple[float, float]] = {}
+        for chunk in held:
+            wide = self.program.finish(self.program.begin(chunk, {}), {})
+            found = _tensors(run(narrow, self.samples.call(chunk)))
+            losses.append(divergence(wide, found))
+            same = agreement(wide, found)
+            equal += [] if same is None else [same]
+            for place, (a, b) in enumerate(zip(wide, found, strict=True)):
+                if a.is_floating_point() and a.numel():
+                    change, size = worst.get(place, (0.0, 0.0))
+                    new = float((a - b).abs().nan_to_num(torch.inf).max())
+                    worst[place] = max(change, new), max(size, float(a.abs().max()))
+        change = max((change / size if size else change for change, size in worst.values()), default=0.0)
+        return Held(statistics.fmean(losses), statistics.fmean(equal) if equal else None, change, errors)
+
+    def report(self, narrow: nn.Module, held: Held, asked: Asked, seconds: float) -> CompressReport:
+        after = cost(narrow, self.example)
+        widths = []
+        for record in self.reduced.report.spaces:
+            widths.append(Width(record.name, record.before, _width_now(narrow, record.producers, record.after)))
+        return CompressReport(
+            budget=str(asked),
+            widths=tuple(widths),
+            before=self.before,
+            reduced=self.base,
+            after=after,
+            divergence=held.divergence,
+            agreement=held.agreement,
+            change=held.change,
+            errors=dict(held.errors),
+            samples_given=self.samples.given,
+            samples_used=self.samples.used,
+            evaluations=self.evaluations,
+            latency_before=latency_of(self.wide, self.example),
+            latency_after=latency_of(narrow, self.example),
+            untouched=dict(self.structure.untouched),
+            barriers=dict(self.reduced.report.barriers),
+            notes=tuple(self.notes),
+            seconds=seconds,
+        )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    fields = getattr(output, "__dataclass_fields__", None)
+    if fields and not isinstance(output, dict):
+        output = {key: getattr(output, key) for key in fields}
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _width_now(narrow: nn.Module, producers: Sequence[str], otherwise: int) -> int:
+    tensors = dict(narrow.named_parameters(remove_duplicate=False))
+    found = []
+    for name in producers:
+        module = narrow.get_submodule(name.rpartition(".")[0]) if name.rpartition(".")[0] else narrow
+        if name in tensors:
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                found.append(module.out_channels)
+            else:
+                found.append(tensors[name].shape[int(isinstance(module, nn.Embedding))])
+    return max(found, default=otherwise)
