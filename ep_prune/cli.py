@@ -1,4 +1,4 @@
-"""The command line: `ep-prune reduce | embed | verify | inspect | demo`.
+"""The command line: `ep-prune reduce | compress | embed | verify | inspect | demo`.
 
 Exit codes: 0 done, 1 could not be verified, 2 wrong use. An error is one sentence on stderr; --debug adds
 the traceback. Files appear whole or not at all, and none is replaced without --force. A long step shows
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import ep_prune
-from ep_prune.cli_embed import add_options, run_embed
-from ep_prune.cli_files import check_targets, publish, write_text
+from ep_prune import cli_compress, cli_embed
+from ep_prune.cli_files import check_plot, check_targets, publish, write_text
 from ep_prune.cli_models import domain_of, given, given_inside, moved_inside
 from ep_prune.demo_model import digits_data, load_digits_net
 from ep_prune.errors import EpPruneError, InputError, VerificationError
@@ -38,14 +38,15 @@ from ep_prune.why import explain
 DONE, NOT_VERIFIED, WRONG_USE = 0, 1, 2
 
 _ABOUT = """\
-Find the narrow network inside a trained wide one, or widen one, and check that it computes the same.
+Find the narrow network inside a trained wide one, or widen one, and check that it computes the same; or compress
+one to a budget, and measure how far it is from that.
 
 A model is named
   package.module:factory    called without arguments, or with --model-args '{"num_classes": 10}';
                             imported as Python does, the current folder first
   torchvision:resnet18      torchvision's model of that name (weights=None unless --model-args says otherwise)
   timm:NAME                 timm's, where timm is installed
-and its weights are a safetensors file, also one that reduce or embed wrote, or a checkpoint that
+and its weights are a safetensors file, also one that reduce, compress or embed wrote, or a checkpoint that
 torch.load(weights_only=True) takes.
 """
 
@@ -57,6 +58,9 @@ examples:
   ep-prune reduce torchvision:resnet18 --weights r18.pth --tol 1e-3 --probes images.npz --report r18.json
   ep-prune reduce my_net:Policy --weights policy.pt --input 1,2 --domain=-1.2,0.6:-0.07,0.07
   ep-prune verify my_net:MyNet narrow.safetensors --weights trained.pt --input 1,3,32,32
+  ep-prune compress my_net:MyNet --weights trained.pt --input 1,3,32,32 --calibration images.npz --keep-macs 0.5 \
+                    --out half.safetensors
+  ep-prune verify my_net:MyNet half.safetensors --weights trained.pt --input 1,3,32,32 --probes others.npz
   ep-prune embed my_net:MyNet --weights trained.pt --input 1,3,32,32 --width layer1=96 --out wide.safetensors
   ep-prune reduce my_net:MyNet --weights wide.safetensors --input 1,3,32,32 --out back.safetensors
 
@@ -88,19 +92,29 @@ def parser() -> argparse.ArgumentParser:
         "reduce", _reduce, "write the narrowest equivalent that the algebra finds, verified", _EXAMPLES
     )
     inspecting = command("inspect", _inspect, "show what reduce would do, and write nothing", _EXAMPLES)
-    verifying = command("verify", _verify, "compare a model with a file that reduce or embed wrote", _EXAMPLES)
+    compressing = command(
+        "compress", _compress, "write a narrower model to a budget, fitted to a few unlabelled inputs", _EXAMPLES
+    )
+    verifying = command(
+        "verify", _verify, "compare a model with a file that reduce, compress or embed wrote", _EXAMPLES
+    )
     embedding = command("embed", _embed, "write a wider model that computes the same, verified", _EXAMPLES)
-    verifying.add_argument("model", metavar="MODEL", help="the model given to reduce or embed")
+    verifying.add_argument("model", metavar="MODEL", help="the model given to reduce, compress or embed")
     verifying.add_argument("narrow", metavar="FILE", type=Path, help="the file that --out wrote")
-    for added in (reducing, inspecting, embedding):
+    for added in (reducing, inspecting, compressing, embedding):
         added.add_argument("model", metavar="MODEL", help="package.module:factory, torchvision:NAME or timm:NAME")
-    for added in (reducing, inspecting):
+    for added in (reducing, inspecting, compressing):
         added.add_argument(
             "--protect", action="append", default=[], metavar="LAYER",
             help="keep all channels of this layer, a name of named_modules(); may be repeated",
         )  # fmt: skip
     for added in (reducing, inspecting, verifying, embedding):
         _model_options(added)
+        added.add_argument(
+            "--probes", type=Path, metavar="FILE",
+            help="inputs to measure on: the first floating array of an .npz, .safetensors or .pt file",
+        )  # fmt: skip
+    _model_options(compressing)
     for added in (reducing, inspecting, verifying):
         added.add_argument(
             "--domain", metavar="LO,HI[:LO,HI...]",
@@ -117,11 +131,13 @@ def parser() -> argparse.ArgumentParser:
         help="of this layer alone: why each channel stays, and how near it came to going; may be repeated",
     )  # fmt: skip
     inspecting.add_argument("--json", action="store_true", help="print JSON, with one list for each column")
-    add_options(embedding)
-    reducing.add_argument("--out", type=Path, metavar="FILE", help="the narrow model and its plan (.safetensors)")
-    reducing.add_argument("--report", type=Path, metavar="FILE", help="the whole report (.json)")
-    reducing.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the widths (.png, .pdf, .svg)")
-    reducing.add_argument("--force", action="store_true", help="replace files that exist")
+    cli_embed.add_options(embedding)
+    cli_compress.add_options(compressing)
+    for added in (reducing, compressing):
+        added.add_argument("--out", type=Path, metavar="FILE", help="the narrow model and its plan (.safetensors)")
+        added.add_argument("--report", type=Path, metavar="FILE", help="the whole report (.json)")
+        added.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the widths (.png, .pdf, .svg)")
+        added.add_argument("--force", action="store_true", help="replace files that exist")
 
     demo = command("demo", _demo, "reduce the small trained network in the package and explain what happened", "")
     demo.add_argument(
@@ -138,17 +154,13 @@ def _model_options(added: argparse.ArgumentParser) -> None:
     added.add_argument("--model-args", metavar="JSON", help="keyword arguments of the factory, a JSON object")
     added.add_argument(
         "--weights", type=Path, metavar="FILE",
-        help="safetensors (reduce's and embed's too), or a checkpoint of tensors; without it, what the factory "
-        "returns",
+        help="safetensors (those of reduce, compress and embed too), or a checkpoint of tensors; without it, what "
+        "the factory returns",
     )  # fmt: skip
     added.add_argument(
         "--input", action="append", default=[], metavar="SHAPE[:TYPE[:BELOW]]",
         help="an input's shape, as 1,3,32,32 or 1,16:int64:30522 (integers below 30522; default 2); once for "
         "each input, in order; torchvision's and timm's models default to 1,3,224,224",
-    )  # fmt: skip
-    added.add_argument(
-        "--probes", type=Path, metavar="FILE",
-        help="inputs to measure on: the first floating array of an .npz, .safetensors or .pt file",
     )  # fmt: skip
     added.add_argument("--double", action="store_true", help="widen the weights to float64 first")
 
@@ -188,7 +200,7 @@ def _reduce(options: argparse.Namespace) -> int:
     targets = [path for path in (options.out, options.report, options.plot) if path is not None]
     check_targets(targets, options.force)
     if options.plot is not None:
-        _check_plot(options.plot)
+        check_plot(options.plot)
     result = _run(options, *given_inside(options))
     writers: dict[Path, Callable[[Path], None]] = {}
     if options.out is not None:
@@ -249,6 +261,9 @@ def _verify(options: argparse.Namespace) -> int:
     domain = plan.domain if options.domain is None else domain_of(options.domain, inputs)
     if domain is not None:
         inputs = moved_inside(inputs, domain, options.seed)
+    if plan.fitted:
+        cli_compress.verify_fitted(wide, narrow, plan, inputs, probes, options)
+        return DONE
     if options.tol == 0:
         checked = verify(wide, narrow, inputs, probes=probes, seed=options.seed, domain=domain)
     else:  # the promise of a bounded reduction is one about its own probes
@@ -269,15 +284,20 @@ def _verify(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _compress(options: argparse.Namespace) -> int:
+    cli_compress.run_compress(options)
+    return DONE
+
+
 def _embed(options: argparse.Namespace) -> int:
-    run_embed(options)
+    cli_embed.run_embed(options)
     return DONE
 
 
 def _narrow(wide: nn.Module, path: Path) -> tuple[nn.Module, Plan]:
-    """The model in a file of reduce or embed. No such file is wrong use; an altered one is not verified."""
+    """The model in a file that --out wrote. No such file is wrong use; an altered one is not verified."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give the file that reduce --out or embed --out wrote")
+        raise InputError(f"{path} does not exist: give the file that --out of reduce, compress or embed wrote")
     try:
         return load(lambda: wide, path), Plan.load(path)
     except EpPruneError:
@@ -367,13 +387,6 @@ def _story(
 
 
 # ---- files --------------------------------------------------------------------------------------------
-
-
-def _check_plot(path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which is missing: pip install 'ep-prune[plot]'")
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {path} is no picture's name: end it in .png, .pdf or .svg")
 
 
 def _write_json(result: Result, path: Path) -> None:

@@ -55,8 +55,8 @@ def run_embed(options: argparse.Namespace) -> None:
     model, inputs, probes = given(options)
     if options.weights is not None and holds_plan(options.weights):
         raise InputError(
-            f"{options.weights} was written by reduce or embed, and no file tells of two such steps: widen the "
-            "model that it came from, or use ep_prune.embed in Python"
+            f"{options.weights} was written by reduce, compress or embed, and no file tells of two such steps: "
+            "widen the model that it came from, or use ep_prune.embed in Python"
         )
     run(model, inputs)  # wrong inputs are named by the layer that they do not fit
     wide, report = embed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,3 +39,11 @@ def publish(writers: Mapping[Path, Callable[[Path], None]]) -> None:
 def write_text(path: Path, text: str) -> None:
     """In UTF-8, whatever the system's encoding is."""
     path.write_text(text, encoding="utf-8")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before any work, a picture that could not be drawn after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is missing: pip install 'ep-prune[plot]'")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {path} is no picture's name: end it in .png, .pdf or .svg")

@@ -56,7 +56,8 @@ def given(
     inputs = example_inputs(options.input, options.model, model, options.seed)
     if options.double:
         inputs = tuple(value.double() if value.is_floating_point() else value for value in inputs)
-    return model, inputs, None if options.probes is None else load_probes(options.probes, inputs)
+    probes = getattr(options, "probes", None)  # compress has none
+    return model, inputs, None if probes is None else load_probes(probes, inputs)
 
 
 def given_inside(
@@ -345,20 +346,24 @@ def _example(text: str, own: torch.dtype, generator: torch.Generator) -> Tensor:
     return torch.randint(high, shape, generator=generator).to(dtype)
 
 
-def load_probes(path: Path, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+def load_probes(
+    path: Path, inputs: tuple[Tensor, ...], option: str = "--probes", command: str = "reduce"
+) -> list[tuple[Tensor, ...]]:
     """Batches of the first floating array in a file, as inputs of a model that takes one."""
     if len(inputs) != 1:
-        raise InputError("--probes holds one input, and the model takes several: call ep_prune.reduce from Python")
+        raise InputError(
+            f"{option} holds one input, and the model takes several: call ep_prune.{command} from Python"
+        )
     example = inputs[0]
-    found = next((value for value in _arrays(path) if value.is_floating_point()), None)
+    found = next((value for value in _arrays(path, option) if value.is_floating_point()), None)
     if found is None:
-        raise InputError(f"--probes {path} holds no floating array: store one of shape {_like(example)}")
+        raise InputError(f"{option} {path} holds no floating array: store one of shape {_like(example)}")
     if found.ndim != example.ndim or found.shape[1:] != example.shape[1:] or not len(found):
-        raise InputError(f"--probes {path} has shape {tuple(found.shape)}: store one of shape {_like(example)}")
+        raise InputError(f"{option} {path} has shape {tuple(found.shape)}: store one of shape {_like(example)}")
     return [(batch,) for batch in torch.split(found.to(example.dtype), PROBE_BATCH)]
 
 
-def _arrays(path: Path) -> list[Tensor]:
+def _arrays(path: Path, option: str) -> list[Tensor]:
     if path.suffix in (".npz", ".npy"):
         try:
             stored = np.load(path, allow_pickle=False)
@@ -366,9 +371,9 @@ def _arrays(path: Path) -> list[Tensor]:
             return [torch.from_numpy(array) for array in arrays if array.dtype.kind in "fiub"]
         except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise InputError(
-                f"--probes {path} is no plain array file ({_line(error)}): write it with numpy.savez"
+                f"{option} {path} is no plain array file ({_line(error)}): write it with numpy.savez"
             ) from error
-    content = _read(path, "--probes")
+    content = _read(path, option)
     values = content.values() if isinstance(content, Mapping) else content
     values = values if isinstance(content, Mapping | list | tuple) else [values]
     return [value for value in values if isinstance(value, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ class CompressReport:
         return not self.divergence < COLLAPSED or (self.agreement is not None and self.agreement < 0.5)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, ready for JSON."""
-        return {**asdict(self), "collapsed": self.collapsed}
+        """Everything as plain values, ready for JSON; an infinite number is the text "Infinity"."""
+        text = json.dumps({**asdict(self), "collapsed": self.collapsed})
+        return dict(json.loads(text, parse_constant=str))
 
     def print(self) -> None:
         """Print the table."""

@@ -33,15 +33,22 @@ class Plan:
     domain: Any = None
     """The box (lo, hi) of inputs on which the narrow model is the same, as nested lists; None: everywhere."""
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it holds weights that were fitted to data (`compress`): grade fitted, no equality is claimed."""
+        return any(step.refits for step in self.rounds)
+
     def apply(self, model: nn.Module, *, recheck: Any = None) -> nn.Module:
         """A narrow copy of a fresh wide model, which is not changed.
 
         `recheck`: for weights other than those that the plan was made for, example inputs on which the outcome
-        is compared with the wide model instead. Raises `PlanError` where the weights differ and there are none,
-        `VerificationError` where the outcome differs.
+        is compared with the wide model instead. Raises `PlanError` where the weights differ and there are none, or
+        the plan is of grade fitted, `VerificationError` where the outcome differs.
         """
         wide, _ = prepare(model)
         own = fingerprint(wide.state_dict()) == self.fingerprint
+        if not own and self.fitted:
+            raise PlanError("the plan holds weights that were fitted for others than these: compress this model")
         if not own and recheck is None:
             raise PlanError(
                 "these are not the weights that the plan was made for: reduce this model, or pass recheck=inputs"

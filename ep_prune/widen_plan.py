@@ -27,6 +27,10 @@ _MODE = Mode(general=False, critical=False, mixed=False)
 
 def undo_round(n: Numbering, kinds: Mapping[Node, Operation], spaces: list[WideSpace], step: Round) -> Widening:
     """The walk that writes the wide parameters from which `step` made these. Raises `InputError`."""
+    if step.refits:
+        raise InputError(
+            "the plan holds weights that compress fitted to data: only what reduce found can be undone"
+        )
     folds = {fold.weight: fold for fold in step.folds}
     made = next((fold for fold in step.folds if fold.new_bias is not None), None)
     if made is not None:

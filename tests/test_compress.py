@@ -325,6 +325,17 @@ def test_two_inputs_are_told_apart_by_place_or_name(form):
     assert result.report.after.macs <= 0.5 * result.report.before.macs
 
 
+def test_a_plan_of_fitted_weights_is_for_its_own_weights_alone():
+    result = compress_mlp(keep_macs=0.5)
+    assert result.plan.fitted and not result.reduced.plan.fitted
+    other = spoilt(made("mlp"), 0.1)
+    for recheck in (None, X[:2]):
+        with pytest.raises(ep.PlanError, match="fitted for others than these"):
+            result.plan.apply(other, recheck=recheck)
+    with pytest.raises(ep.InputError, match="only what reduce found can be undone"):
+        ep.embed(result.model, X[:2], plan=result.plan)
+
+
 # ---- redundancy ----------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,7 @@ LAYERS = (
     "cli_models",
     "cli_files",
     "cli_embed",
+    "cli_compress",
     "cli",
     "__init__",
     "__main__",
