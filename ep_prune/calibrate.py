@@ -1,7 +1,8 @@
 """Calibration inputs, and runs of a traced model on them, node by node.
 
     program = Program(graph)                       the model as `trace` sees it, with tensors exchanged by name
-    for node in program.between(start, end): ...   values[node] = program.call(node, values)
+    values = program.begin(chunk, own)
+    for node in program.nodes: ...                 values[node] = program.call(node, values)
 
 Inputs are cut into chunks of one size, since sizes in a graph are those of its example. All chunks go through a
 node before the next node runs, so that a weight can be fitted where it stands, with what came before it fitted

@@ -166,12 +166,13 @@ def _figure(work: Work, evaluate: Callable[[nn.Module], float], model: nn.Module
 
 def _fast_enough(work: Work, path: Path, asked: Asked, good: Callable[[Tensor], bool]) -> Tensor:
     assert asked.latency is not None
+    dtype = next((p.dtype for p in work.wide.parameters()), torch.float32)
 
     def too_slow(state: Tensor) -> bool:
         narrow = copy.deepcopy(work.model)
         kept = path.kept(state)
         apply_round_(narrow, work.structure.round(kept, work.masked(kept)))
-        return latency_of(narrow.to(next(work.wide.parameters()).dtype), work.example) > asked.latency  # type: ignore[operator]
+        return latency_of(narrow.to(dtype), work.example) > asked.latency  # type: ignore[operator]
 
     last_slow = path.search(too_slow, 12)
     place = 0 if last_slow is None else next(k for k, s in enumerate(path.states) if torch.equal(s, last_slow)) + 1
