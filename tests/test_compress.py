@@ -900,3 +900,5 @@ def test_sizes_in_the_code_and_shared_weights_are_left_alone_and_named():
     result = ep.compress(filled(Twice), X[:2], [X], tol=1e9, **QUIET)
     assert result.model.shared.weight.shape == (12, 12)
     assert result.report.untouched == {"shared": "its weight is used in several places"}
+    with pytest.raises(ep.InputError, match=r"left alone is shared \(its weight is used in several places\)"):
+        ep.compress(filled(Twice), X[:2], [X], keep_macs=0.1, **QUIET)
