@@ -332,5 +332,14 @@ def _refuse(structure: Structure, kept: Tensor, budget: Budget) -> None:
             parts.append(f"{least:,} {unit}{share}")
     raise InputError(
         f"the budget cannot be met: the narrowest model that can be reached keeps {' and '.join(parts)}: "
-        "ask for more, or protect and round less"
+        f"ask for more, or protect and round less{_left_alone(structure)}"
     )
+
+
+def _left_alone(structure: Structure) -> str:
+    """The first layer whose inputs cannot be narrowed, and why."""
+    if not structure.untouched:
+        return ""
+    name, why = next(iter(structure.untouched.items()))
+    others = len(structure.untouched) - 1
+    return f"; left alone is {name}{f' with {others} more' if others else ''} ({why})"

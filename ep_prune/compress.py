@@ -15,10 +15,11 @@ The grade of claim is *fitted*: the error is measured and reported, not bounded.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ def compress(
     """
     asked = Asked(keep_macs, keep_params, latency, tol, max_drop, evaluate, round_to)
     start = time.perf_counter()
-    with random_state_kept():
+    with random_state_kept(), _plain_arithmetic():
         wide, notes = prepare(model)
         run(wide, example_inputs)
         bar = tqdm(total=None, desc="compress", disable=None if progress is None else not progress, leave=False)
@@ -112,6 +113,17 @@ def compress(
             narrow, plan, held = work.narrow(path, state)
         report = work.report(narrow, held, asked, time.perf_counter() - start)
     return Compressed(with_modes_of(model, narrow), plan, report, reduced)
+
+
+@contextlib.contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """Gradients can be taken, and nothing is cast, whatever the caller is in the middle of."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _chosen(work: Work, path: Path, asked: Asked) -> Tensor:

@@ -142,6 +142,7 @@ def importances(
         for (reader, value), gradient in zip(reached, found, strict=True):
             whole = Rows(reader.node, reader.op, value.numel(), generator)
             rows = whole.output(torch.zeros_like(value) if gradient is None else gradient).double()
+            rows = rows.nan_to_num(0.0, 0.0, 0.0)
             sums[reader.name] = sums.get(reader.name, 0.0) + rows.transpose(1, 2) @ rows
         count += len(chunk[0])
         step("importances")

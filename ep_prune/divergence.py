@@ -28,7 +28,7 @@ def divergence(wide: Sequence[Tensor], narrow: Sequence[Tensor]) -> float:
         a, b = a.double(), b.double()
         if is_scores(a):
             p, q = a.log_softmax(1), b.log_softmax(1)
-            found = (p.exp() * (p - q)).sum(1).mean()
+            found = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(1).mean()
         else:
             found = 0.5 * (a - b).square().mean() / _variance(a)
         total += float(found.nan_to_num(torch.inf))
@@ -68,7 +68,8 @@ def own_answer_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Te
             total = total + torch.nn.functional.cross_entropy(output, labels.to(output.device), reduction="sum")
         else:
             noise = torch.randn(output.shape, generator=generator).to(output)
-            size = (_variance(output.detach()) * (output.numel() // max(len(output), 1))).sqrt()
+            each = output.numel() // max(len(output), 1) if output.ndim else 1
+            size = (_variance(output.detach()) * each).sqrt()
             total = total + (output * noise).sum() / size
     return total
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,12 +79,16 @@ class Work:
         work.samples = samples_of(calibration, example, work.model, samples, CHUNK)
         work._trace()
         work._limit_memory()
-        work._note_classes()
+        work._check_answers()
         frozen = dict(protected(work.program.graph, protect))
         frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
         work.frozen = frozen
         parameters = [name for name, _ in work.model.named_parameters()]
         work.structure = Structure(work.program, frozen, parameters)
+        if (why := work._same(work.structure.everything(), {})) is not None:
+            raise InputError(
+                f"two runs of the model on the same inputs differ ({why}): turn off what is random in it"
+            )
         work._rehearse(parameters)
         return work
 
@@ -119,9 +123,19 @@ class Work:
                 f"{most * size} of {self.samples.given} samples used: activations of more would not fit"
             )
 
-    def _note_classes(self) -> None:
-        """Say so where the samples are of few classes: on others nothing is fitted, and nothing is measured."""
-        seen = classes_seen(self.program.finish(self.program.begin(c, {}), {}) for c in self.samples.chunks)
+    def _check_answers(self) -> None:
+        """Refuse NaN, and say so where the samples are of few classes: on others nothing is fitted or measured."""
+
+        def answers() -> Iterator[list[Tensor]]:  # one batch at a time: they may be images
+            for chunk in self.samples.chunks:
+                found = self.program.finish(self.program.begin(chunk, {}), {})
+                if any(a.is_floating_point() and bool(a.isnan().any()) for a in found):
+                    raise InputError(
+                        "the model gives NaN on the calibration data: leave those inputs out, or mend the model"
+                    )
+                yield found
+
+        seen = classes_seen(answers())
         if seen is not None and 2 * seen[0] <= min(seen[1:]):
             self.notes.append(
                 f"calibration covers {seen[0]} of {seen[1]} classes, as the model answers: "
@@ -138,14 +152,18 @@ class Work:
     # ---- which spaces can be narrowed at all ------------------------------------------------------------
 
     def _rehearse(self, parameters: Sequence[str]) -> None:
-        """Narrow every space by one channel, run, compare; what fails is frozen and named."""
+        """Narrow every space by one channel, or one a section, run, compare; what fails is frozen and named."""
         if not self.structure.spaces:
             return
 
         def good(free: Sequence[Any]) -> bool:
             kept = self.structure.everything()
             for space in free:
-                kept[space.roots[-1]] = False
+                last = space.roots[-1:]
+                if space.sections is not None:  # equally many each, or the others come back
+                    last = space.roots[space.sections.argsort(stable=True)]
+                    last = last.reshape(int(space.sections.max()) + 1, -1)[:, -1]
+                kept[last] = False
             kept = self.structure.close(kept)
             return self._same(kept, self.masked(kept)) is None
 
@@ -271,6 +289,8 @@ class Work:
             for place, (a, b) in enumerate(zip(wide, found, strict=True)):
                 if a.is_floating_point() and a.numel():
                     change, size = worst.get(place, (0.0, 0.0))
+                    known = a.isfinite()  # a score of -inf, of what is masked out, is no change
+                    a, b = torch.where(known, a, 0.0), torch.where(known, b, 0.0)
                     new = float((a - b).abs().nan_to_num(torch.inf).max())
                     worst[place] = max(change, new), max(size, float(a.abs().max()))
         change = max((change / size if size else change for change, size in worst.values()), default=0.0)

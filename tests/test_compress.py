@@ -767,6 +767,76 @@ def test_without_calibration_synthetic_inputs_stand_in_and_the_report_says_so():
     assert change(model, result.model, noise(50, 3, 8, 8, seed=3)) < 0.5
 
 
+class Wrapped(nn.Module):
+    """`mlp`, and something done to what goes in or comes out."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        self.body, self.before, self.after = made("mlp"), before, after
+
+    def forward(self, x):
+        return self.after(self.body(self.before(x)))
+
+
+def test_a_model_that_gives_nan_or_is_random_is_refused():
+    for wrong, said in (
+        (Wrapped(after=torch.log), "the model gives NaN on the calibration data"),
+        (Wrapped(before=lambda x: x + torch.randn_like(x)), "turn off what is random"),
+    ):
+        with pytest.raises(ep.InputError, match=said):
+            ep.compress(wrong.eval(), X[:2], [X], keep_macs=0.5, **QUIET)
+
+
+OUTPUTS = {
+    "masked scores": lambda y: y.masked_fill(torch.tensor([False, False, True, False]), -math.inf),
+    "one number": lambda y: y.square().mean(),
+    "one a sample": lambda y: y.sum(1),
+    "many": lambda y: (y, y, {"top": y.argmax(1), "none": None}, 3),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_of_every_form_can_be_fitted(name):
+    model = Wrapped(after=OUTPUTS[name]).eval()
+    report = ep.compress(model, X[:2], [X], keep_macs=0.5, **QUIET).report
+    assert report.after.macs <= 0.5 * report.before.macs
+    assert 0 < report.change < 1 and 0 < report.divergence < 0.1 and not report.collapsed
+    assert (report.agreement is None) == (name in ("one number", "one a sample"))
+
+
+def test_the_callers_modes_of_torch_make_no_difference():
+    expected = compress_mlp(keep_macs=0.5)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with mode:
+            result = compress_mlp(keep_macs=0.5)
+        assert same_weights(result.model, expected.model)
+    assert all(not p.is_inference() for p in result.model.parameters())
+
+
+class Numbered(nn.Module):
+    """The number of a grouped convolution's channels stands in the code, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped, self.last = (
+            nn.Conv2d(3, 16, 1),
+            nn.Conv2d(16, 16, 1, groups=4),
+            nn.Conv2d(16, 4, 1),
+        )
+        self.free = nn.Conv2d(4, 16, 1)
+        self.end = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        y = F.relu(self.grouped(F.relu(self.first(x)).view(-1, 16, 9).view(-1, 16, 3, 3)))
+        return self.end(F.relu(self.free(self.last(y)))).mean((2, 3))
+
+
+def test_equal_groups_are_rehearsed_as_groups():
+    result = ep.compress(filled(Numbered), noise(2, 3, 3, 3), [noise(60, 3, 3, 3, seed=1)], keep_macs=0.8, **QUIET)
+    assert result.model.first.out_channels == 16
+    assert result.report.untouched["first"] == "a size written in the code does not follow"
+
+
 def test_values_that_overflow_make_a_collapsed_model_and_no_crash():
     report = compress_mlp([1e20 * X], keep_macs=0.5).report
     assert report.collapsed and not report.divergence < 1
@@ -830,3 +900,5 @@ def test_sizes_in_the_code_and_shared_weights_are_left_alone_and_named():
     result = ep.compress(filled(Twice), X[:2], [X], tol=1e9, **QUIET)
     assert result.model.shared.weight.shape == (12, 12)
     assert result.report.untouched == {"shared": "its weight is used in several places"}
+    with pytest.raises(ep.InputError, match=r"left alone is shared \(its weight is used in several places\)"):
+        ep.compress(filled(Twice), X[:2], [X], keep_macs=0.1, **QUIET)
