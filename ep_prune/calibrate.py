@@ -13,7 +13,7 @@ model's type, float32 for half precision; second moments are summed up in float6
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError
+from ep_prune.evaluate import CHECKS
 from ep_prune.graph import Contract, Graph, Node
 from ep_prune.rules.registry import arguments, repeated
 from ep_prune.trace import as_arguments
@@ -132,7 +133,7 @@ class Program:
         """rooms: nodes whose layer may gain a bias -> the name that it will have, and the axis of its outputs."""
         self.graph = graph
         self.rooms = dict(rooms or {})
-        self.nodes = [n for n in _short_branches_first(graph) if n.target is not None and n.op not in _CHECKS]
+        self.nodes = [n for n in _short_branches_first(graph) if n.target is not None and n.op not in CHECKS]
         self.place = {node: k for k, node in enumerate(self.nodes)}
         self.parameters = [n for n in graph.nodes if n.tensor is not None]
         self.inputs = [
@@ -230,9 +231,6 @@ def _short_branches_first(graph: Graph) -> list[Node]:
     return order
 
 
-_CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async.msg")
-
-
 def _bytes(node: Node) -> int:
     return 0 if node.shape is None or node.dtype is None else math.prod(node.shape) * node.dtype.itemsize
 
@@ -319,9 +317,3 @@ class Rows:
         taps = math.prod(self.kernel)
         rows = value.reshape(-1, self.groups, value.shape[-count - 1] // self.groups * taps)
         return rows.transpose(0, 1)
-
-
-def chunked(items: Sequence[Any], every: int) -> Iterator[Sequence[Any]]:
-    """Runs of `every` items."""
-    for start in range(0, len(items), every):
-        yield items[start : start + every]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_prune.cost import Cost
-from ep_prune.errors import EpPruneError
+from ep_prune.report import change, draw_widths
 
 COLLAPSED = 1.0
 """Nats between the answers from which on a model is called collapsed; so is one whose decisions mostly differ."""
@@ -77,8 +77,8 @@ class CompressReport:
         lines += [
             "",
             f"budget      {self.budget}",
-            f"parameters  {_change(self.before.parameters, self.after.parameters)}",
-            f"MACs        {_change(self.before.macs, self.after.macs)}",
+            f"parameters  {change(self.before.parameters, self.after.parameters)}",
+            f"MACs        {change(self.before.macs, self.after.macs)}",
             f"latency     {self.latency_before:.3g} -> {self.latency_after:.3g} ms a call on the example",
             f"grade       {self.grade}, on {self.samples_used} of {self.samples_given} samples",
             f"held out    divergence {self.divergence:.3g}"
@@ -98,34 +98,10 @@ class CompressReport:
 
     def plot(self, path: str | Path) -> None:
         """Draw the widths before and after, one bar a space. Needs matplotlib."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise EpPruneError("drawing needs matplotlib: pip install 'ep-prune[plot]'") from error
-        shown = [w for w in self.widths if w.before > 1]
-        figure = Figure(figsize=(8, 1.2 + 0.3 * max(len(shown), 3)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.barh(range(len(shown)), [w.before for w in shown], color="#d8dee9", label="wide")
-        axes.barh(range(len(shown)), [w.after for w in shown], color="#3b6ea5", label="narrow", height=0.55)
-        for place, w in enumerate(shown):
-            axes.text(w.before, place, f" {w.after}/{w.before}", va="center", fontsize=8)
-        axes.set_yticks(range(len(shown)), [w.name for w in shown], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("channels")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
-        axes.set_title(
+        draw_widths(
+            path,
+            [(w.name, w.before, w.after) for w in self.widths],
             f"MACs {self.after.macs / max(self.before.macs, 1):.0%}, parameters "
             f"{self.after.parameters / max(self.before.parameters, 1):.0%}, "
             f"divergence {self.divergence:.3g} (held out)",
-            fontsize=10,
-            loc="left",
         )
-        figure.savefig(path, dpi=150)
-
-
-def _change(before: int, after: int) -> str:
-    share = f" ({after / before:.1%})" if before else ""
-    return f"{before:,} -> {after:,}{share}"

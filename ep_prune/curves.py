@@ -160,8 +160,9 @@ def _weighted_view(reader: Reader, weight: Tensor, metric: Tensor) -> Tensor:
 def _reading(reader: Reader, free: Tensor, covariance: Covariance, metric: Tensor, weight: Tensor) -> Reading:
     """One weight in the eyes of `eliminate`."""
     columns = reader.columns
-    place = {int(root): k for k, root in enumerate(free.tolist())}
-    number = torch.tensor([place.get(root, -1) for root in columns.reshape(-1).tolist()]).reshape(columns.shape)
+    place = torch.full((int(max(columns.max(), free.max())) + 1,), -1)
+    place[free] = torch.arange(len(free))
+    number = place[columns]
     group, column = (number >= 0).nonzero(as_tuple=True)
     channel = number[group, column]
     order = channel.argsort(stable=True)

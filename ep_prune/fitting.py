@@ -12,7 +12,7 @@ The narrow network runs in wide shapes here, with zero weights for what went: it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -182,10 +182,3 @@ def _mean_error(
         made = rows.output(program.call(reader.node, values)).double()
         total = total + (_target(reader, rows, w, n, gain).double() - made).mean(1).reshape(-1)
     return total / len(wide)
-
-
-def answers_of(
-    program: Program, chunks: Iterable[Sequence[Tensor]], own: Mapping[str, Tensor]
-) -> list[list[Tensor]]:
-    """The outputs on every chunk."""
-    return [program.finish(program.begin(chunk, own), {}) for chunk in chunks]

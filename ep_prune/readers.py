@@ -105,10 +105,6 @@ class Reader:
         flat = rows.channels(value)[0][:, self.spots.reshape(-1).to(value.device)]
         return flat.reshape(len(flat), *self.spots.shape).transpose(1, 2).reshape(1, -1, len(self.spots))
 
-    def repeated(self, metric: Tensor) -> tuple[Tensor, int]:
-        """A metric of the outputs (G, o, o), and how many rows of the view each output has, side by side."""
-        return metric, (math.prod(self.kernel) * self.spots.shape[1] if self.by_channels else 1)
-
     def sampled(self, count: int, generator: torch.Generator) -> Rows:
         """Rows of this weight, about `ROWS` of them in all, over `count` samples."""
         return Rows(self.node, self.op, max(1, ROWS // max(count, 1)), generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ class Report:
         lines += [line(row) for row in body]
         lines += [
             "",
-            f"parameters  {_change(self.before.parameters, self.after.parameters)}",
-            f"MACs        {_change(self.before.macs, self.after.macs)}",
+            f"parameters  {change(self.before.parameters, self.after.parameters)}",
+            f"MACs        {change(self.before.macs, self.after.macs)}",
             f"grade       {self.grade}"
             + (f", tol {self.tol:g}" if self.tol else "")
             + (f", on the declared domain {self.domain}" if self.domain else ""),
@@ -101,40 +102,46 @@ class Report:
 
     def plot(self, path: str | Path) -> None:
         """Draw the widths before and after, one bar a space. Needs matplotlib."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise EpPruneError("drawing needs matplotlib: pip install 'ep-prune[plot]'") from error
-        shown = [space for space in self.spaces if space.before > 1]
-        figure = Figure(figsize=(8, 1.2 + 0.3 * max(len(shown), 3)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        places = range(len(shown))
-        axes.barh(places, [space.before for space in shown], color="#d8dee9", label="wide")
-        axes.barh(places, [space.after for space in shown], color="#3b6ea5", label="narrow", height=0.55)
-        for place, space in enumerate(shown):
-            text = f" {space.after}/{space.before}" if space.after < space.before else f" {space.before}"
-            axes.text(space.before, place, text, va="center", fontsize=8)
-        axes.set_yticks(list(places), [space.name for space in shown], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("channels")
-        axes.set_xlim(0, 1.12 * max((space.before for space in shown), default=1))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
-        axes.set_title(
+        draw_widths(
+            path,
+            [(space.name, space.before, space.after) for space in self.spaces],
             f"{self.before.parameters:,} -> {self.after.parameters:,} parameters, "
             f"outputs equal to {self.verification.difference:.1e} (float64, relative)",
-            fontsize=10,
-            loc="left",
         )
-        figure.savefig(path, dpi=150)
+
+
+def draw_widths(path: str | Path, widths: Sequence[tuple[str, int, int]], title: str) -> None:
+    """Draw (name, before, after), one bar a space. Needs matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EpPruneError("drawing needs matplotlib: pip install 'ep-prune[plot]'") from error
+    shown = [row for row in widths if row[1] > 1]
+    figure = Figure(figsize=(8, 1.2 + 0.3 * max(len(shown), 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(shown))
+    axes.barh(places, [before for _, before, _ in shown], color="#d8dee9", label="wide")
+    axes.barh(places, [after for _, _, after in shown], color="#3b6ea5", label="narrow", height=0.55)
+    for place, (_, before, after) in enumerate(shown):
+        text = f" {after}/{before}" if after < before else f" {before}"
+        axes.text(before, place, text, va="center", fontsize=8)
+    axes.set_yticks(list(places), [name for name, _, _ in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("channels")
+    axes.set_xlim(0, 1.12 * max((before for _, before, _ in shown), default=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.savefig(path, dpi=150)
 
 
 def _sorted(counts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
-def _change(before: int, after: int) -> str:
+def change(before: int, after: int) -> str:
+    """A count before and after, and the share that is left."""
     share = f" ({after / before:.1%})" if before else ""
     return f"{before:,} -> {after:,}{share}"
