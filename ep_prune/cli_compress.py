@@ -12,11 +12,9 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ep_prune.calibrate import SAMPLES
 from ep_prune.cli_files import check_plot, check_targets, publish, write_text
@@ -24,6 +22,7 @@ from ep_prune.cli_models import given, load_probes
 from ep_prune.compress import Compressed, compress
 from ep_prune.divergence import agreement
 from ep_prune.errors import VerificationError
+from ep_prune.narrowing import tensors_of
 from ep_prune.plan import Plan, fingerprint
 from ep_prune.probes import synthetic_probes
 from ep_prune.storage import save
@@ -175,13 +174,9 @@ def _same_decisions(wide: nn.Module, narrow: nn.Module, batches: Sequence[tuple[
     narrow.eval()
     equal, count = 0.0, 0
     for batch in batches:
-        outputs = [_tensors(model(*batch)) for model in (wide, narrow)]
+        outputs = [tensors_of(model(*batch)) for model in (wide, narrow)]
         same = agreement(*outputs)
         if same is None:
             return None
         equal, count = equal + same * len(batch[0]), count + len(batch[0])
     return equal / max(count, 1)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

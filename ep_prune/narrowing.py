@@ -197,7 +197,7 @@ class Work:
         chunk = self.samples.chunks[0]
         expected = self.program.finish(self.program.begin(chunk, own), {})
         try:
-            found = _tensors(run(narrow, self.samples.call(chunk)))
+            found = tensors_of(run(narrow, self.samples.call(chunk)))
         except InputError as error:
             return str(error)
         if [t.shape for t in found] != [t.shape for t in expected]:
@@ -282,7 +282,7 @@ class Work:
         worst: dict[int, tuple[float, float]] = {}
         for chunk in held:
             wide = self.program.finish(self.program.begin(chunk, {}), {})
-            found = _tensors(run(narrow, self.samples.call(chunk)))
+            found = tensors_of(run(narrow, self.samples.call(chunk)))
             losses.append(divergence(wide, found))
             same = agreement(wide, found)
             equal += [] if same is None else [same]
@@ -323,7 +323,8 @@ class Work:
         )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors that a model returned, in order, those in dataclasses too."""
     fields = getattr(output, "__dataclass_fields__", None)
     if fields and not isinstance(output, dict):
         output = {key: getattr(output, key) for key in fields}
