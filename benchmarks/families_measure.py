@@ -9,9 +9,7 @@ the outputs: none is compared on inputs that the package has seen.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
 import resource
 import time
 import traceback
@@ -25,20 +23,16 @@ from torch import Generator, Tensor, nn
 
 import ep_prune as ep
 from benchmarks.families_networks import Family
-from ep_prune.graph import Contract
-from ep_prune.slots import EqualCounts, Groups
+from benchmarks.families_reasons import closed, line, missed
 from ep_prune.trace import trace
 from ep_prune.verification.trees import InFloat64
 from ep_prune.widen import widenable
-from ep_prune.widen_spaces import numbered
 
 LIMIT = 1e-10
 """Largest accepted change of an output, relative to its largest absolute value."""
 LIVELY = 1e-6
 """An output that differs by less between two batches tests nothing."""
 EXAMPLE, FRESH = 2, 3  # samples: of the example, and of each fresh batch, which is of another size
-OUTPUT = "an output of the model"
-GENERIC = ("distinct and read", "kept for equal parts", "last of its layer", "leads the constants")
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Row:
     name: str
     group: str
     status: str = "done"
-    phase: str = "build"
+    phase: str = "start"
     parameters: int = 0
     exports: bool | None = None
     reduced_parameters: int = 0
@@ -232,14 +226,14 @@ def measure(family: Family, seed: int = 0, note: Callable[[Row], None] = lambda 
     try:
         _measure(row, family, seed, note)
     except ep.EpPruneError as error:
-        row.status, row.error = "refused", f"{type(error).__name__}: {_line(str(error))}"
+        row.status, row.error = "refused", f"{type(error).__name__}: {line(str(error))}"
         if isinstance(error, ep.TraceError) and row.phase == "reduce":
             row.exports = False
             _blame(row, family, seed)
     except Exception as error:
-        own = row.phase in ("build", "explain")  # a fault of this benchmark
+        own = row.phase in ("start", "build", "explain")  # a fault of this benchmark
         row.status = "unbuilt" if own else "crashed"
-        row.error = f"{type(error).__name__}: {_line(str(error))} ({_place(error)})"
+        row.error = f"{type(error).__name__}: {line(str(error))} ({_place(error)})"
         if row.phase == "reduce":
             row.exports = _exports(family, seed)
     row.wall = time.perf_counter() - start
@@ -257,7 +251,7 @@ def _measure(row: Row, family: Family, seed: int, note: Callable[[Row], None]) -
         row.phase, clock = phase, now
         note(row)
 
-    note(row)
+    enter("build")
     model, example = given(family, seed)
     row.parameters = sum(p.numel() for p in model.parameters())
     fresh = Comparison.of(model, family, seed)
@@ -268,14 +262,14 @@ def _measure(row: Row, family: Family, seed: int, note: Callable[[Row], None]) -
     row.reduced_parameters = base.report.after.parameters
     enter("compare")
     row.differences["reduce"] = fresh.to(base.model)
-    row.spaces = sum(set(space.stayed) != {OUTPUT} for space in base.report.spaces)
     enter("embed")
     wide, report = ep.embed(base.model, example, critical=False, seed=seed, full_output=True)
     enter("compare")
     row.widened = {space.name: (space.before, space.after) for space in report.spaces}
     row.differences["embed"] = fresh.to(wide)
     enter("explain")
-    row.closed = closed(base, example, set(row.widened), report.left_alone)
+    row.closed = closed(base, wide, example, set(row.widened), report.left_alone)
+    row.spaces = len(row.widened) + sum(map(len, row.closed.values()))
     if not row.widened:
         enter("done")
         return
@@ -290,75 +284,13 @@ def _measure(row: Row, family: Family, seed: int, note: Callable[[Row], None]) -
     reasons = {space.name: space.stayed for space in back.report.spaces}
     for name, (before, after) in row.widened.items():
         if row.back.get(name) != before:
-            row.missed[name] = _missed(before, after, row.back.get(name), reasons.get(name, {}))
+            row.missed[name] = missed(before, after, row.back.get(name), reasons.get(name, {}))
+    if not row.missed:  # the package's names of spaces are one way to count; the tensors are another
+        shapes = {name: value.shape for name, value in back.model.state_dict().items()}
+        for name, value in base.model.state_dict().items():
+            if shapes[name] != value.shape:
+                row.missed[name] = f"{tuple(value.shape)} -> {tuple(shapes[name])}: of no space that is named"
     enter("done")
-
-
-def _missed(before: int, wide: int, after: int | None, stayed: Mapping[str, int]) -> str:
-    """`64 -> 96 -> 80: why`."""
-    special = [why for why in stayed if why not in GENERIC]
-    why = "; ".join(short(reason) for reason in special) or "; ".join(f"{n} {w}" for w, n in stayed.items())
-    return f"{before} -> {wide} -> {'not there' if after is None else after}: {why or 'no reason is given'}"
-
-
-def closed(base: ep.Result, example: Any, opened: set[str], left_alone: Mapping[str, str]) -> dict[str, list[str]]:
-    """Reason -> the spaces that `embed` has not widened for it; outputs of the model apart."""
-    found: dict[str, list[str]] = {}
-    for name, reason in left_alone.items():
-        found.setdefault(f"embed gave it up: {short(reason)}", []).append(name)
-    structure = Structure(base.model, example)
-    for space in base.report.spaces:
-        if space.name in opened or space.name in left_alone or set(space.stayed) == {OUTPUT}:
-            continue
-        special = {why: count for why, count in space.stayed.items() if why not in GENERIC}
-        why = short(max(special, key=lambda w: special[w])) if special else structure.reason(space.producers)
-        found.setdefault(why, []).append(space.name)
-    return found
-
-
-class Structure:
-    """Why `embed` does not open spaces that nothing pins: the conditions of `widen_spaces.open_spaces`."""
-
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.graph = trace(copy.deepcopy(model), example)
-        self.n, self.kinds = numbered(self.graph)
-        self.roots = self.n.slots.roots()
-
-    def reason(self, producers: tuple[str, ...]) -> str:
-        roots = self._of(producers)
-        for constraint in self.n.slots.constraints:
-            if isinstance(constraint, Groups) and constraint.inputs.shape[1] > 1:
-                if any(self._meets(part, roots) for part in (constraint.inputs, constraint.outputs)):
-                    return "read or written by a convolution in groups"
-            elif isinstance(constraint, EqualCounts) and any(self._meets(s, roots) for s in constraint.sections):
-                return "split into equal parts"
-        axes = {name for (name, _), slots in self.n.slots.bound.items() if self._meets(slots, roots)}
-        reads: dict[str, list[str]] = {name: [] for name in axes}
-        for node in self.graph.nodes:
-            for operand in node.operands():
-                if operand.tensor in axes:
-                    reads[str(operand.tensor)].append(node.op.removeprefix("aten."))
-        several = [name for name in axes if len(reads[name]) > 1 or len(self.graph.aliases.get(name, ())) > 1]
-        if several:
-            return "a parameter is used in several places"
-        plain = ("linear", "addmm", "mm", "matmul", "conv", "batch_norm", "layer_norm", "prelu")
-        odd = sorted({op for ops in reads.values() for op in ops if not any(word in op for word in plain)})
-        if odd:
-            return f"a parameter is read by {', '.join(odd)}"
-        return "no reason is given: its channels do not run along the same axes, or are read in training alone"
-
-    def _of(self, producers: tuple[str, ...]) -> Tensor:
-        layouts = {str(op.weight.tensor): op.layout for op in self.kinds.values() if isinstance(op, Contract)}
-        own = []
-        for name in producers:
-            layout = layouts.get(name)
-            axis = 1 if layout is None else -1 if layout.groups > 1 else int(layout.inputs_first)
-            if (name, axis) in self.n.slots.bound:
-                own.append(self.roots[self.n.slots.bound[(name, axis)]])
-        return torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
-
-    def _meets(self, slots: Tensor, roots: Tensor) -> bool:
-        return bool(torch.isin(self.roots[slots.reshape(-1)], roots).any())
 
 
 def _exports(family: Family, seed: int) -> bool:
@@ -387,13 +319,3 @@ def _blame(row: Row, family: Family, seed: int) -> None:
     except Exception:
         return
     row.status, row.error = "crashed", f"torch.export takes it, the package does not: {row.error}"
-
-
-def short(reason: str) -> str:
-    """A reason without the layer and the line of source, so that equal ones are counted together."""
-    text = re.sub(r"(?:\(top level\)|\S+) \(([\w.:]+)(?:, [^()]*)?\)", r"\1", _line(reason))
-    return re.sub(r"\d\.\d+e[-+]\d+", "x", text.replace("aten.", ""))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:400]

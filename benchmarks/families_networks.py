@@ -208,6 +208,7 @@ def _written() -> list[Family]:
         make("tuple output", build=lambda: Outputs("tuple"), draw=images(12)),
         make("dict output", build=lambda: Outputs("dict"), draw=images(12)),
         make("dataclass output", build=lambda: Outputs("dataclass"), draw=images(12)),
+        make("dataclass output, registered", build=lambda: Outputs("registered"), draw=images(12)),
         make("two inputs, two outputs", build=TwoInputs, draw=two),
         make("dncnn (denoiser)", build=DnCNN, draw=images(16, 1)),
         make("u-net", build=UNet, draw=images(16)),

@@ -57,6 +57,8 @@ def reason(row: Row) -> str:
         parts.append(
             f"{len(row.missed)} not back: {_counted(why.split(': ', 1)[-1] for why in row.missed.values())}"
         )
+    if row.surplus:
+        parts.append(f"{row.surplus:+,} parameters" + ("" if row.missed else " (biases that take up constants)"))
     if row.closed:
         count = sum(map(len, row.closed.values()))
         reasons = sorted(row.closed, key=lambda why: -len(row.closed[why]))

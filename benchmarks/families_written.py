@@ -17,8 +17,17 @@ class Answer:
     features: Tensor
 
 
+@dataclass
+class Registered(Answer):
+    """One that torch.export has been told of."""
+
+
+torch.export.register_dataclass(Registered)
+
+
 class Outputs(nn.Module):
-    """A small residual network that returns scores and features: as a tuple, a dict or a dataclass."""
+    """A small residual network that returns scores and features: as a tuple, a dict, or a dataclass that
+    torch.export knows or does not know."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -36,7 +45,7 @@ class Outputs(nn.Module):
             return scores, features
         if self.kind == "dict":
             return {"scores": scores, "features": features}
-        return Answer(scores, features)
+        return Registered(scores, features) if self.kind == "registered" else Answer(scores, features)
 
 
 class TwoInputs(nn.Module):
