@@ -71,20 +71,21 @@ def several(*draws: Draw) -> Draw:
     return lambda batch, generator: tuple(draw(batch, generator) for draw in draws)
 
 
-def _narrow_head(model: nn.Module, inputs: int, width: int = 64) -> nn.Module:
-    """A classifier of AlexNet and VGG that is `width` wide in place of 4,096; its layers are the same."""
-    linear, last = nn.Linear(width, width), nn.Linear(width, 10)
+def _narrow_head(model: nn.Module, channels: int, width: int = 64) -> nn.Module:
+    """A classifier of AlexNet and VGG that is `width` wide in place of 4,096, on 2 x 2 pixels in place of 6 x 6 or
+    7 x 7 (`embed` inverts a dense matrix as large as what is flattened); its layers are the same."""
+    first, linear, last = nn.Linear(4 * channels, width), nn.Linear(width, width), nn.Linear(width, 10)
     relu, drop = partial(nn.ReLU, inplace=True), nn.Dropout
-    layers: list[nn.Module] = [nn.Linear(inputs, width), relu(), drop(), linear, relu(), drop(), last]
+    layers: list[nn.Module] = [first, relu(), drop(), linear, relu(), drop(), last]
     if isinstance(model, tv.AlexNet):
-        layers = [drop(), layers[0], relu(), drop(), linear, relu(), last]
-    model.classifier = nn.Sequential(*layers)
+        layers = [drop(), first, relu(), drop(), linear, relu(), last]
+    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(2), nn.Sequential(*layers)
     return model
 
 
 def _vgg() -> nn.Module:
     plan: list[str | int] = [16, "M", 32, "M", 64, 64, "M", 128, 128, "M", 128, 128, "M"]
-    return _narrow_head(tv.VGG(vgg.make_layers(plan, batch_norm=True), init_weights=False), 128 * 49)
+    return _narrow_head(tv.VGG(vgg.make_layers(plan, batch_norm=True), init_weights=False), 128)
 
 
 def _convnext() -> nn.Module:
@@ -187,7 +188,7 @@ def _torchvision() -> list[Family]:
              draw=images(32)),
         make("maxvit_t", build=_maxvit, draw=images(32)),
         make("vgg11_bn", build=_vgg, draw=images(64)),
-        make("alexnet", build=lambda: _narrow_head(tv.AlexNet(), 9216), draw=images(96)),
+        make("alexnet", build=lambda: _narrow_head(tv.AlexNet(), 256), draw=images(96)),
         make("resnext50_32x4d", build=_resnet(bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4),
              draw=images(32)),
         make("wide_resnet50_2", build=_resnet(bottleneck, [1, 1, 1, 1], width_per_group=128), draw=images(32)),

@@ -180,11 +180,11 @@ def test_an_output_that_does_not_depend_on_its_input_tests_nothing() -> None:
 
 def test_nothing_is_trivial_after_randomising() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(), nn.Flatten(), nn.LayerNorm(4))
+    again = copy.deepcopy(model)
     measuring.randomise_(model, torch.Generator().manual_seed(0))
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     assert all(bool((value != 0).all()) for value in state.values())
     assert all(len(value.flatten().unique()) == value.numel() for value in state.values())
-    again = copy.deepcopy(model)
     measuring.randomise_(again, torch.Generator().manual_seed(0))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
