@@ -69,7 +69,6 @@ def reason(row: Row) -> str:
 def _counted(reasons: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for why in reasons:
-        why = why.lstrip("0123456789 ")
         counts[why] = counts.get(why, 0) + 1
     return "; ".join(f"{why} ({count})" for why, count in sorted(counts.items(), key=lambda item: -item[1]))
 
@@ -78,7 +77,7 @@ def cells(row: Row) -> list[str]:
     """One line of the table."""
     tried = row.status != "skipped"
     exports = {True: "yes", False: "no", None: "-"}[row.exports]
-    widened = f"{len(row.widened)}" if row.exports else "-"
+    widened = f"{len(row.widened)}" if "embed" in row.differences else "-"
     back = f"{row.exact}" if row.back or (row.status == "done" and row.exports) else "-"
     difference = "-" if row.difference is None else f"{row.difference:.0e}"
     seconds = f"{sum(row.seconds.values()):.0f}" if tried else "-"
