@@ -75,7 +75,7 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         written, said = Path(folder) / "row.json", Path(folder) / "stderr"
         command = [sys.executable, "-m", "benchmarks.families", "--child", family.name, "--seed", str(seed)]
-        start, stopped = time.perf_counter(), ""
+        last, spent, stopped = time.perf_counter(), 0.0, ""
         with said.open("w") as errors:
             child = subprocess.Popen(
                 [*command, "--row", str(written)],
@@ -87,7 +87,9 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
             try:
                 while child.poll() is None and not stopped:
                     time.sleep(0.1)
-                    if time.perf_counter() - start > limit:
+                    now = time.perf_counter()
+                    spent, last = spent + min(now - last, 1.0), now  # where both are suspended, no time passes
+                    if spent > limit:
                         stopped = f"stopped after {limit:.0f} s"
                     elif resident(child.pid) > memory:
                         stopped = f"stopped above {memory:g} GB"
@@ -100,7 +102,7 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
             row = Row.read(json.loads(written.read_text()))
         if stopped:
             row.status, row.error = "stopped", f"{stopped}, at the step: {row.phase}"
-            row.wall = time.perf_counter() - start
+            row.wall = spent
         elif child.returncode:
             last = (said.read_text(errors="replace").strip() or "no message").splitlines()[-1][:300]
             row.status = "crashed" if child.returncode < 0 else "unbuilt"  # a signal, or a fault of the benchmark
