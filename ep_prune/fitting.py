@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ep_prune.calibrate import Program, Rows, Values
+from ep_prune import pairs as pairs_
 from ep_prune.curves import Chunks, Step, silent, with_constant
 from ep_prune.projection import Moments, fit
 from ep_prune.readers import Reader, Structure
@@ -48,15 +49,23 @@ def fitted(
     wide = [program.begin(chunk, {}) for chunk in chunks]
     narrow = [program.begin(chunk, {}) for chunk in chunks]
     moved = False
+    found = pairs_.pairs(program, [r for r in structure.readers if not r.kept_whole]) if PAIRS else {}
+    firsts = {p.first.node: p for p in found.values()}
+    inputs: dict[str, list[Tensor]] = {}
+    known: dict[str, tuple[Tensor, Tensor]] = {}
     for node in program.nodes:
         for values in wide:
             values[node] = program.call(node, values)
         reader = by_node.get(node)
         if reader is not None and (moved or not bool(kept[reader.roots].all())):
             moved = True
-            errors[reader.name] = _fit_reader(
-                program, reader, kept, wide, narrow, held_out, own, reader.sampled(count, generator)
-            )
+            rows = reader.sampled(count, generator)
+            errors[reader.name] = _fit_reader(program, reader, kept, wide, narrow, held_out, own, rows, known)
+            if node in firsts:
+                inputs[reader.name] = [n[reader.op.x] for n in narrow]
+            if node in found and found[node].first.name in inputs:
+                _improve(program, structure, found[node], kept, own, wide, narrow, held_out, inputs.pop(found[node].first.name), known)
+                errors[reader.name] = _fit_reader(program, reader, kept, wide, narrow, held_out, own, rows, known)
             for values in narrow:
                 program.exchange(values, own, (reader.name, str(reader.constant)))
             step(f"fitting {node.layer or reader.name}")
@@ -76,6 +85,7 @@ def _fit_reader(
     held_out: set[int],
     own: dict[str, Tensor],
     rows: Rows,
+    known: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> float:
     """Fit one weight; `own` gains it and its constant. The error on held-out rows, as a share of the variance."""
     weight = program.graph.tensors[reader.name]
@@ -97,6 +107,9 @@ def _fit_reader(
         sums[int(number in held_out)].add(x, y)
         if reader.rectified and not reader.by_channels:
             stored.append((int(number in held_out), x, y, _offset(program, reader, rows, n, gain)))
+    if known is not None and len(mask) == 1:
+        covariance, _, mean, _, _ = (sums[0] + sums[1]).centred()
+        known[reader.name] = covariance[0], mean[0]
     importance = None if reader.by_channels else gain.square().reshape(len(mask), -1)
     if reader.by_channels:
         identity = torch.eye(view.shape[2], dtype=torch.float64, device=device).unsqueeze(0)
@@ -182,3 +195,74 @@ def _mean_error(
         made = rows.output(program.call(reader.node, values)).double()
         total = total + (_target(reader, rows, w, n, gain).double() - made).mean(1).reshape(-1)
     return total / len(wide)
+
+
+def _residual(program: Program, reader: Reader, kept: Tensor, own: dict[str, Tensor], w: Values, n: Values, gain: Tensor):
+    device = gain.device
+    outputs = kept[reader.outputs.reshape(-1)].nonzero().squeeze(1).to(device)
+    axis = reader.op.layout.axis
+    y = w[reader.node]
+    shape = [1] * y.ndim
+    shape[axis] = -1
+    if reader.other is not None and reader.other in n and reader.other in w:
+        divisor = torch.where(gain.abs() > SMALL_GAIN * gain.abs().max(), gain, math.inf)
+        y = y + (w[reader.other] - n[reader.other]) / divisor.reshape(shape)
+    y = y.index_select(axis, outputs)
+    slope = gain.index_select(0, outputs).reshape(shape)
+    extra = 0.0
+    if reader.mean is not None:
+        extra = (program.graph.tensors[reader.mean] - own[reader.mean]).index_select(0, outputs).reshape(shape)
+    if not reader.rectified:
+        return lambda u: slope * (u + extra - y)
+    shift = torch.zeros_like(gain)
+    if reader.norm is not None:
+        shift = -gain * program.graph.tensors[str(reader.norm.mean.tensor)]
+        if reader.norm.bias is not None:
+            shift = shift + program.graph.tensors[str(reader.norm.bias.tensor)]
+    offset = shift.index_select(0, outputs).reshape(shape)
+    if reader.other is not None:
+        offset = offset + n[reader.other].index_select(axis, outputs)
+    z = slope * y + offset
+    on = z > 0
+
+    def residual(u: Tensor) -> Tensor:
+        made = slope * (u + extra) + offset
+        return torch.where(on, made - z, made.relu())
+
+    return residual
+
+
+def _improve(program, structure, pair, kept, own, wide, narrow, held_out, inputs, known) -> None:
+    first, second = pair.first, pair.second
+    block = pairs_.Block(program, structure, pair, kept, own)
+    gain = _gain(program, second)
+    size = len(inputs[0])
+    fit_on = [k for k in range(len(inputs)) if k not in held_out][: max(1, pairs_.IMAGES // size)]
+    test_on = sorted(held_out)[: max(1, pairs_.IMAGES // 2 // size)]
+    picked = lambda ks: [inputs[k].index_select(first.op.layout.axis, block.inputs) for k in ks]
+    targets = lambda ks: [_residual(program, second, kept, own, wide[k], narrow[k], gain) for k in ks]
+    weight, constant, before, after = pairs_.improve(block, picked(fit_on), targets(fit_on), picked(test_on), targets(test_on), *known[first.name])
+    if VERBOSE:
+        print(first.name, f"{before:.4g} -> {after:.4g} ({after / before:.3f})", flush=True)
+    if after >= before:
+        return
+    device = weight.device
+    rows = kept[first.outputs.reshape(-1)].nonzero().squeeze(1).to(device)
+    wide_weight = torch.zeros_like(own[first.name])
+    wide_weight[rows.unsqueeze(1), block.inputs] = weight
+    own[first.name] = wide_weight
+    name = str(first.constant)
+    whole = own[name].clone()
+    whole[rows] += constant if first.mean is None else -constant
+    own[name] = whole
+    for n, x in zip(narrow, inputs, strict=True):
+        program.exchange(n, own, (first.name, name))
+        values = dict(n)
+        values[first.op.x] = x
+        for node in (first.node, *pair.between):
+            values[node] = program.call(node, values)
+        n[second.op.x] = values[second.op.x]
+
+
+PAIRS = True
+VERBOSE = False
