@@ -1,214 +1,152 @@
-"""Two weights at once: what the first makes of its inputs, so that the second has the features that it needs.
+"""Pairs of weights: the outputs of the first are read by the second alone.
 
-A weight's own fit makes each kept channel as much like itself as it can be. What counts is only what the next weight
-makes of them: where nothing else reads them, channels may move. With first weight W, second weight B, a batch norm
-and an activation phi between, and target t of the second:
-
-    min over W, c   |phi(a(W x + c)) B - t|^2 + damping |change|^2_M
-
-by Gauss-Newton steps; the normal equations are solved by conjugate gradients, with M = D (x) H as preconditioner and
-metric: H the covariance of x, D what a channel's square sends on. Steps are taken as far as held-out samples agree.
+Fitted by itself, a weight makes every channel that stays as much like itself as it can. Where nothing but the next
+weight reads these channels, that is more than is asked for: they may become any others, as long as the next weight
+can make its outputs of them. A `Block` is such a pair as a function of both weights, in narrow shapes, so that
+`gauss_newton.improved` can move them together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_prune.calibrate import Program, Values
+from ep_prune.calibrate import Program, Values, bytes_of, positions
 from ep_prune.graph import Extreme, Item, Node, Normalize, Pass, Pointwise, Stencil
 from ep_prune.readers import Reader, Structure
 from ep_prune.rules import kind_of
 
-STEPS, INNER = 2, 8
-DAMPING = 0.03
-IMAGES = 256
+ROWS = 2**17
+"""Outputs of the second weight, about, that steps are made of: at fewer places of an image, more images."""
+MEMORY = 2**30
+"""Bytes that steps may hold, about; beyond, they are made of fewer images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
+    """Two weights, the outputs of the first read by the second alone, through the nodes `between`."""
+
     first: Reader
     second: Reader
     between: tuple[Node, ...]
 
+    def chunks(self, size: int) -> int:
+        """Of how many chunks of `size` samples steps are made."""
+        places = positions(self.second.node, self.second.op)
+        each = 8 * sum(bytes_of(node) for node in (self.first.node, *self.between, self.second.node))
+        traced = max((self.first.node.shape or (1,))[0], 1)
+        most = min(ROWS // places, MEMORY * traced // max(each, 1))
+        return max(most // size, 1)
 
-def pairs(program: Program, readers: Sequence[Reader]) -> dict[Node, Pair]:
-    """By the second weight's node."""
-    graph = program.graph
-    users = graph.users()
-    by_node = {r.node: r for r in readers}
+
+def pairs_of(program: Program, readers: Sequence[Reader]) -> dict[Node, Pair]:
+    """All pairs, by the second weight's node."""
+    graph, users = program.graph, program.graph.users()
+    by_node = {reader.node: reader for reader in readers if _plain(reader)}
     found = {}
-    for first in readers:
-        if not _plain(first):
-            continue
-        at, between = first.node, []
+    for first in by_node.values():
+        at = first.node
+        between: list[Node] = []
         while len(users[at]) == 1 and at not in graph.outputs:
-            at = users[at][0]
-            if at in by_node:
-                second = by_node[at]
-                if _plain(second) and second.op.x is (between[-1] if between else first.node) and between:
-                    found[at] = Pair(first, second, tuple(between))
+            user = users[at][0]
+            if user in by_node:
+                second = by_node[user]
+                if between and second.op.x is at and not bool(torch.isin(first.roots, second.roots).any()):
+                    found[user] = Pair(first, second, tuple(between))
                 break
-            kind = kind_of(at, graph)
-            if not isinstance(kind, Normalize | Pointwise | Pass | Item | Extreme | Stencil):
+            same = isinstance(kind_of(user, graph), Normalize | Pointwise | Pass | Item | Extreme | Stencil)
+            if not same or any(o.tensor is None and o is not at for o in user.operands()):
                 break
-            others = [o for o in at.operands() if o.tensor is None and o is not (between[-1] if between else first.node)]
-            if others:
-                break
-            between.append(at)
+            between.append(user)
+            at = user
     return found
 
 
 def _plain(reader: Reader) -> bool:
-    return (
-        not reader.kept_whole and not reader.by_channels and reader.op.layout.groups == 1
-        and not reader.op.layout.inputs_first and reader.op.weight.tensor == reader.name
+    """Whether the weight can be cut to narrow shapes by its rows and columns alone."""
+    layout = reader.op.layout
+    return not (reader.kept_whole or reader.by_channels or layout.inputs_first or layout.groups > 1) and (
+        reader.op.weight.tensor == reader.name and reader.constant is not None
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One weight of a pair, in narrow shapes. rows, columns: which outputs and inputs are left of the wide one."""
+
+    reader: Reader
+    rows: Tensor
+    columns: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(reader: Reader, kept: Tensor, wide: Tensor) -> Part:
+        rows = kept[reader.outputs.reshape(-1)].nonzero().squeeze(1).to(wide.device)
+        columns = kept[reader.roots].nonzero().squeeze(1).to(wide.device)
+        return Part(reader, rows, columns, wide[rows.unsqueeze(1), columns])
+
+    def write(self, own: dict[str, Tensor], weight: Tensor, constant: Tensor) -> None:
+        """Put a narrow weight, and what its outputs gain, into the tensors in wide shapes."""
+        wide = torch.zeros_like(own[self.reader.name])
+        wide[self.rows.unsqueeze(1), self.columns] = weight
+        own[self.reader.name] = wide
+        name = str(self.reader.constant)
+        gained = torch.zeros_like(own[name]).index_copy_(0, self.rows, constant.to(own[name]))
+        own[name] = own[name] + (gained if self.reader.mean is None else -gained)
+
+
 class Block:
-    """One pair in narrow shapes."""
+    """A pair in narrow shapes, as a function of its two weights and of what is added to their outputs."""
 
-    def __init__(self, program: Program, structure: Structure, pair: Pair, kept: Tensor, own: Mapping[str, Tensor]):
-        self.program, self.structure, self.pair, self.kept, self.own = program, structure, pair, kept, own
-        self.nodes = [pair.first.node, *pair.between, pair.second.node]
+    def __init__(
+        self, program: Program, structure: Structure, pair: Pair, kept: Tensor, own: Mapping[str, Tensor]
+    ) -> None:
+        self.program, self.pair = program, pair
+        self.nodes = (pair.first.node, *pair.between, pair.second.node)
+        self.parts = tuple(
+            Part.of(reader, kept, own.get(reader.name, program.graph.tensors[reader.name]))
+            for reader in (pair.first, pair.second)
+        )
         self.base: Values = {}
-        device = program.graph.tensors[pair.first.name].device
-        for node in self.nodes:
-            for operand in node.operands():
-                if operand.tensor is not None:
-                    self.base[operand] = self._narrow(str(operand.tensor))
-        for reader in (pair.first, pair.second):
-            name = str(reader.constant)
-            if reader.new_bias is not None and name in own:
-                self.base[name] = own[name][kept[reader.outputs.reshape(-1)].to(device)]
-        self.inputs = kept[pair.first.roots].nonzero().squeeze(1).to(device)
-        self.outputs = kept[pair.second.outputs.reshape(-1)].nonzero().squeeze(1).to(device)
-        self.weight = self.base[pair.first.op.weight]
-        self.constant = torch.zeros(self.weight.shape[0], device=device)
-        self.sign = 1.0
+        bound = structure.numbering.slots.bound
+        for operand in (o for node in self.nodes for o in node.operands() if o.tensor is not None):
+            tensor = own.get(str(operand.tensor), program.graph.tensors[str(operand.tensor)]).detach()
+            for (name, axis), slots in bound.items():
+                if name == operand.tensor:
+                    keep = kept[structure.roots[slots]].nonzero().squeeze(1)
+                    tensor = tensor.index_select(axis, keep.to(tensor.device))
+            self.base[operand] = tensor
+        for part in self.parts:
+            name = str(part.reader.constant)
+            if part.reader.new_bias is not None and name in own:
+                self.base[name] = own[name][part.rows]
 
-    def _narrow(self, name: str) -> Tensor:
-        tensor = self.own.get(name, self.program.graph.tensors[name])
-        for (own, axis), slots in self.structure.numbering.slots.bound.items():
-            if own == name:
-                keep = self.kept[self.structure.roots[slots]].nonzero().squeeze(1).to(tensor.device)
-                tensor = tensor.index_select(axis, keep)
-        return tensor
+    def input(self, wide: Tensor) -> Tensor:
+        return wide.index_select(self.pair.first.op.layout.axis, self.parts[0].columns)
 
-    def run(self, x: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
+    def start(self) -> list[Tensor]:
+        """Weight and (zero) constant of both parts."""
+        return [t for part in self.parts for t in (part.weight, part.weight.new_zeros(len(part.weight)))]
+
+    def write(self, own: dict[str, Tensor], at: Sequence[Tensor]) -> None:
+        for part, weight, constant in zip(self.parts, at[::2], at[1::2], strict=True):
+            part.write(own, weight, constant)
+
+    def __call__(self, x: Tensor, at: Sequence[Tensor]) -> Tensor:
         values = dict(self.base)
         values[self.pair.first.op.x] = x
-        values[self.pair.first.op.weight] = weight
+        added = {}
+        for part, weight, constant in zip(self.parts, at[::2], at[1::2], strict=True):
+            values[part.reader.op.weight] = weight
+            added[part.reader.node] = part.reader.op.layout.axis, constant
         for node in self.nodes:
-            values[node] = self.program.call(node, values)
-            if node is self.nodes[0]:
-                axis = self.pair.first.op.layout.axis
-                values[node] = values[node] + constant.reshape([-1 if a == axis else 1 for a in range(values[node].ndim)])
-        return values[self.pair.second.node]
-
-
-def improve(
-    block: Block,
-    xs: Sequence[Tensor],
-    targets: Sequence[Callable[[Tensor], Tensor]],
-    xs_held: Sequence[Tensor],
-    targets_held: Sequence[Callable[[Tensor], Tensor]],
-    covariance: Tensor,
-    mean: Tensor,
-    damping: float = DAMPING,
-    steps: int = STEPS,
-    inner: int = INNER,
-) -> tuple[Tensor, Tensor, float, float]:
-    """weight, constant (narrow), and the held-out loss before and after. targets: residual of an output, weighted."""
-    weight, constant = block.weight.clone(), block.constant.clone()
-    taps = math.prod(block.pair.first.kernel)
-    sizes = weight.shape
-
-    def loss(w: Tensor, c: Tensor, x_: Sequence[Tensor], t_: Sequence[Callable[[Tensor], Tensor]]) -> float:
-        return sum(float(t(block.run(x, w, c)).square().sum()) for x, t in zip(x_, t_, strict=True))
-
-    before = now = loss(weight, constant, xs_held, targets_held)
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    size = covariance.diagonal().mean()
-    lower = torch.linalg.cholesky(covariance + 1e-3 * size * eye)
-    mean = mean.to(weight)
-    for _ in range(steps):
-        graphs = []
-        g_w, g_c = torch.zeros_like(weight), torch.zeros_like(constant)
-        diagonal = torch.zeros(sizes[0], device=weight.device)
-        for x, t in zip(xs, targets, strict=True):
-            with torch.enable_grad():
-                w, c = weight.detach().requires_grad_(), constant.detach().requires_grad_()
-                out = t(block.run(x, w, c))
-                zero = torch.zeros_like(out, requires_grad=True)
-                backward = torch.autograd.grad(out, (w, c), zero, create_graph=True)
-                gradient = torch.autograd.grad(out, (w, c), out.detach(), retain_graph=True)
-            graphs.append((w, c, out, zero, backward))
-            g_w += gradient[0]
-            g_c += gradient[1]
-        # what a channel's square sends on: Hutchinson
-        for w, c, out, zero, backward in graphs:
-            noise = torch.randint(0, 2, out.shape, device=out.device).to(out) * 2 - 1
-            with torch.enable_grad():
-                part = torch.autograd.grad(out, (w, c), noise, retain_graph=True)
-            diagonal += part[0].flatten(1).double().matmul(torch.linalg.inv(covariance + 1e-3 * size * eye)).mul(part[0].flatten(1)).sum(1).to(diagonal) / len(covariance)
-        diagonal = diagonal.clamp_min(1e-6 * float(diagonal.max()) + 1e-30)
-
-        def metric(v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            flat = v[0].flatten(1)
-            shift = v[1] * block.sign + flat @ mean
-            m = diagonal.unsqueeze(1) * (flat.double() @ (covariance + 1e-3 * size * eye)).to(flat) + torch.outer(diagonal * shift, mean)
-            return m.reshape(sizes), diagonal * shift * block.sign
-
-        def solve(v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            shift = v[1] * block.sign / diagonal
-            flat = v[0].flatten(1) - torch.outer(v[1] * block.sign, mean)
-            d = torch.cholesky_solve(flat.double().T, lower).T.to(flat) / diagonal.unsqueeze(1)
-            return d.reshape(sizes), (shift - d @ mean) * block.sign
-
-        def normal(v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            a, b = (damping * p for p in metric(v))
-            for w, c, out, zero, backward in graphs:
-                with torch.enable_grad():
-                    (image,) = torch.autograd.grad(backward, zero, v, retain_graph=True)
-                    part = torch.autograd.grad(out, (w, c), image.detach(), retain_graph=True)
-                a, b = a + part[0], b + part[1]
-            return a, b
-
-        change = _conjugate(normal, solve, (-g_w, -g_c), inner)
-        for halving in range(5):
-            w_, c_ = weight + change[0] * 0.5**halving, constant + change[1] * 0.5**halving
-            new = loss(w_, c_, xs_held, targets_held)
-            if new < now:
-                weight, constant, now = w_, c_, new
-                break
-        else:
-            break
-    return weight, constant, before, now
-
-
-def _conjugate(normal: Any, solve: Any, right: tuple[Tensor, Tensor], inner: int) -> tuple[Tensor, Tensor]:
-    solution = tuple(torch.zeros_like(r) for r in right)
-    left = right
-    towards = solve(left)
-    square = _inner(left, towards)
-    for _ in range(inner):
-        image = normal(towards)
-        step = square / _inner(towards, image).clamp_min(1e-30)
-        solution = tuple(s + step * t for s, t in zip(solution, towards, strict=True))
-        left = tuple(g - step * i for g, i in zip(left, image, strict=True))
-        scaled = solve(left)
-        fresh = _inner(left, scaled)
-        towards = tuple(z + fresh / square * t for z, t in zip(scaled, towards, strict=True))
-        square = fresh
-    return solution
-
-
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(p.double() * q.double()).sum() for p, q in zip(a, b, strict=True)]).sum().float()
+            value = self.program.call(node, values)
+            if node in added:
+                axis, constant = added[node]
+                value = value + constant.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+            values[node] = value
+        result: Tensor = values[self.pair.second.node]
+        return result
