@@ -279,7 +279,7 @@ def broken(series: dict[str, list[Row]]) -> list[str]:
         ):
             if value is not None and value > limit:
                 found.append(
-                    f"{row.network} on {row.images} images {what} {value:,.4g} {unit}, {limit:,g} promised"
+                    f"{row.network} on {row.images} images {what} {value:,.1f} {unit}, {limit:,g} promised"
                 )
     return found
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 HEAD = """\
 # Real speed at half of the MACs
 
-Milliseconds a call, contiguous / channels-last: medians of blocks of calls, the models turn about. Speed-up: the
-faster layout of the wide network over the faster one of the narrow network, by medians, and by the least of all
-single calls; "by MACs": what the multiply-accumulates alone would promise. Where the two speed-ups differ much,
-the machine had other work.
+Milliseconds a call, contiguous / channels-last: medians over turns, the models turn about. Speed-up: the faster
+layout of the wide network over the faster one of the narrow network, in brackets the quartiles turn by turn; "by
+MACs": what the multiply-accumulates alone would promise.
 """
 TIMES = (
-    "network", "device", "images", "turns", "wide, ms", "round_to=8, ms", "**speed-up**", "by least", "by MACs",
-    "unrounded, ms", "speed-up", "by least", "by MACs",
+    "network", "device", "images", "turns", "wide, ms", "round_to=8, ms", "speed-up", "by MACs",
+    "unrounded, ms", "speed-up", "by MACs",
 )  # fmt: skip
 MODELS = (
     "network", "round_to", "MACs kept", "parameters kept", "accuracy, %", "equal decisions, held out",
     "calibration images", "seconds of compress",
 )  # fmt: skip
-UNDECIDED = "not decided: repeat on a machine without other work"
 
 
 def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str], goal: float) -> str:
@@ -34,13 +33,11 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
         for timing in one.timings:
             names = list(timing.times)
             cells = [one.network, timing.device, str(timing.batch), str(timing.turns), _pair(timing, names[0])]
-            for place, (name, ratio) in enumerate(zip(names[1:], promised, strict=True)):
-                mark = "" if place else "**"
-                least = timing.faster(name, "least")
+            for name, ratio in zip(names[1:], promised, strict=True):
+                low, high = timing.spread(name)
                 cells += [
                     _pair(timing, name),
-                    f"{mark}{timing.faster(name):.2f}x{mark}",
-                    f"{least:.2f}x",
+                    f"{timing.faster(name):.2f}x ({low:.2f}–{high:.2f})",
                     f"{ratio:.2f}x",
                 ]
             parts.append(f"| {' | '.join(cells)} |")
@@ -65,17 +62,17 @@ def verdicts(found: Iterable[Any], goal: float) -> list[str]:
     for one in found:
         for timing in one.timings:
             name = list(timing.times)[1]
-            median, least = timing.faster(name), timing.faster(name, "least")
-            reached = {ratio >= goal for ratio in (median, least)}
-            said = {True: "reached", False: "MISSED"}[reached.pop()] if len(reached) == 1 else UNDECIDED
+            ratio, (low, high) = timing.faster(name), timing.spread(name)
+            said = "reached" if ratio >= goal else "MISSED"
+            if low < goal < high:
+                said += ", within the spread of the turns: repeat on a machine without other work"
             many = "1 image" if timing.batch == 1 else f"{timing.batch} images"
-            place = f"{one.network}, {timing.device}, {many}"
-            lines.append(f"* {place}: {median:.2f}x ({least:.2f}x by the least), goal of {goal}x {said}")
+            lines.append(f"* {one.network}, {timing.device}, {many}: {ratio:.2f}x, goal of {goal}x {said}")
     return lines
 
 
 def _pair(timing: Any, model: str) -> str:
-    return " / ".join(f"{layout['median']:.4g}" for layout in timing.times[model].values())
+    return " / ".join(f"{statistics.median(layout):.4g}" for layout in timing.times[model].values())
 
 
 def _head(columns: Sequence[str]) -> list[str]:
