@@ -129,7 +129,7 @@ def test_runs_go_on_where_they_ended(tmp_path, monkeypatch, capsys):
     assert bench.main(arguments) == 0 and calls == []
     text = (tmp_path / "table.md").read_text()
     assert "| b | 8 | 1 | 3.0 | 5.0 | 2.00 (+1.00) | 15 (10) | 0.500 | 0.1 | 0.0 |" in text
-    assert "| network | images | reduce | other |" in text and "Everything holds" in text
+    assert "| network | images | reduce | other |" in text and "All limits hold." in text
     document = json.loads((tmp_path / "results.json").read_text())
     assert [one["network"] for one in document["width"]] == ["b", "c"] and "torch" in document["machine"]
     assert (tmp_path / "plot.png").stat().st_size > 5000
