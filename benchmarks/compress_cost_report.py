@@ -81,7 +81,7 @@ def plot(series: Mapping[str, Sequence[Any]], path: Path) -> None:
         floor = [0.0] * len(rows)
         for place, stage in enumerate(stages):
             heights = [row.stages.get(stage, 0.0) for row in rows]
-            above.bar(labels, heights, bottom=floor, label=stage, color=pyplot.cm.tab10(place % 10))
+            above.bar(labels, heights, bottom=floor, label=stage, color=pyplot.cm.tab20(place % 20))
             floor = [a + b for a, b in zip(floor, heights, strict=True)]
         above.set_title(f"{rows[0].network}, by calibration images" if name == "images" else
                         f"{rows[0].images} images, by width")  # fmt: skip
