@@ -56,9 +56,9 @@ def test_stages_and_passes_of_a_measurement_add_up(monkeypatch):
     assert {"other", *bench.STAGES} == set(row.stages)
     assert sum(row.stages.values()) == pytest.approx(row.seconds, rel=0.05)
     assert row.used == 40 and 0.2 < row.macs <= 0.5
-    # 8 chunks of 5, one held out; while fitting, both networks run, but for what is the same in both
+    # 8 chunks of 5, one held out; while fitting, both networks run, and pairs again as they are moved
     assert row.passes["covariances"] == pytest.approx(35)
-    assert 35 < row.passes["fit"] < 70
+    assert 70 < row.passes["fit"] < 400
     assert row.choosing == row.passes["curves"] > 0
     assert row.peak >= row.loaded > 0
     assert bench.broken({"limits": [row]}) == []
