@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS, ITERATIONS, PATIENCE = 2, 8, 2
+STEPS, ITERATIONS, PATIENCE = 1, 8, 2
 """Of Gauss-Newton; of conjugate gradients in each, given up after so many that held-out samples dislike."""
 DAMPING = 0.03
 REGULAR = 1e-3
@@ -103,8 +103,7 @@ def improved(
     """Weight and constant of both parts after the steps; None where held-out samples want no change.
 
     start: weight and constant of both. data, held_out: inputs and residuals of the outputs. moments: covariance
-    (P, P) and mean (P,)
-    of what each part reads.
+    (P, P) and mean (P,) of what each part reads.
     """
 
     def loss(point: Sequence[Tensor]) -> float:

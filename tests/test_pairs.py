@@ -174,14 +174,14 @@ def kept_of(kept, structure):
     return kept[structure.roots[structure.numbering.slots.bound["a.weight", 0]]].float()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_moving_pairs_makes_the_network_better(seed, monkeypatch):
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.Conv2d(24, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+        nn.Conv2d(24, 6, 3, padding=1),
     ).eval()  # fmt: skip
-    x = [noise(32, 3, 8, 8, seed=k) for k in range(6)]
+    x = [noise(32, 3, 8, 8, seed=k) for k in range(4)]
     fresh = noise(64, 3, 8, 8, seed=99)
 
     def distance() -> float:
@@ -191,4 +191,4 @@ def test_moving_pairs_makes_the_network_better(seed, monkeypatch):
 
     moved = distance()
     monkeypatch.setattr(fitting, "pairs_of", lambda program, readers: {})
-    assert moved < distance()
+    assert moved < 0.95 * distance()
