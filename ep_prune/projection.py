@@ -238,8 +238,8 @@ class _State:
     def drop(self, channels: Tensor) -> None:
         """Take channels out, all at once: what is left is the same as one after the other."""
         channels = channels[self.reads[channels]]
-        for g in self.group[channels].unique().tolist():
-            rows = self.blocks[channels[self.group[channels] == g]].unique()
+        for g in torch.unique(self.group[channels]).tolist():
+            rows = torch.unique(self.blocks[channels[self.group[channels] == g]])
             inverse, weight = self.inverse[g], self.weight[g]
             gain = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
             weight -= weight[:, rows] @ gain
@@ -253,7 +253,7 @@ class _State:
         """Forget the rows of what has gone, once they are half of all."""
         if len(self.inverse) > 1:  # groups have rows of their own in the same places
             return
-        rows = self.blocks[left & self.reads].unique()
+        rows = torch.unique(self.blocks[left & self.reads])
         if 2 * len(rows) > self.inverse.shape[1]:
             return
         place = torch.zeros(self.inverse.shape[1], dtype=torch.int64, device=rows.device)
