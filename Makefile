@@ -6,6 +6,8 @@
 #   make fuzz    random programs: SEEDS=5000 START=0; goes on where fuzz-out/log.jsonl ends
 #   make bench   the benchmarks
 #   make bench-cifar   width compression beside every peer, on the CIFAR-10 networks of the test material
+#   make bench-speed   measured latency before and after compress to half of the MACs
+#   make bench-cost    what compress takes: seconds of its stages, memory, by images and by width
 #   make clean   remove what the other targets have made, the environment included
 #
 # pip heeds its own variables: on a machine without a GPU,
@@ -15,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz bench bench-cifar clean
+.PHONY: help demo test check fuzz bench bench-cifar bench-speed bench-cost clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,6 +57,12 @@ bench: $(READY_BENCH)
 
 bench-cifar: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.cifar $(ARGS)
+
+bench-speed: $(READY_BENCH)
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-cost: $(READY_BENCH)
+	$(BIN)/python -m benchmarks.compress_cost $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-out bench-out fuzz-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

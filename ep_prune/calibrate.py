@@ -199,10 +199,10 @@ class Program:
         """Of activations, the most that stand at one time, counted on the traced shapes of `batch` samples."""
         standing, most = 0, 0
         for node in self.nodes:
-            standing += _bytes(node)
+            standing += bytes_of(node)
             most = max(most, standing)
             standing -= sum(
-                _bytes(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None
+                bytes_of(o) for o in set(node.operands()) if self.last.get(o) is node and o.tensor is None
             )
         return max(most, 1) // max(batch, 1)
 
@@ -231,7 +231,8 @@ def _short_branches_first(graph: Graph) -> list[Node]:
     return order
 
 
-def _bytes(node: Node) -> int:
+def bytes_of(node: Node) -> int:
+    """Of what a node makes, at the traced size."""
     return 0 if node.shape is None or node.dtype is None else math.prod(node.shape) * node.dtype.itemsize
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_prune.cost import Cost
-from ep_prune.report import change, draw_widths
+from ep_prune.report import change, height_of, new_figure, widths_on
 
 COLLAPSED = 1.0
 """Nats between the answers from which on a model is called collapsed; so is one whose decisions mostly differ."""
@@ -24,12 +24,22 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One narrower model: multiply-accumulates of one sample, parameters, divergence of its outputs."""
+
+    macs: int
+    parameters: int
+    divergence: float
+
+
+@dataclass(frozen=True)
 class CompressReport:
     """The outcome. Grade *fitted*: `divergence` (`divergence.divergence`), `agreement` (share of equal
     decisions, None where the model gives no class scores) and `change` (largest of any output, relative) are
     measured on calibration samples that nothing was fitted on. errors: by weight, of its outputs on held-out
-    rows, as a share of their variance. reduced: the cost once what is exact is gone. Latencies in milliseconds
-    a call on the example."""
+    rows, as a share of their variance. path: models from wide to the narrowest, with the divergence that the
+    spaces' own curves add up to, before anything is fitted; trials: those that were fitted, with what was
+    measured. reduced: the cost once what is exact is gone. Latencies in milliseconds a call on the example."""
 
     budget: str
     widths: tuple[Width, ...]
@@ -39,6 +49,8 @@ class CompressReport:
     divergence: float
     agreement: float | None
     change: float
+    path: tuple[Point, ...]
+    trials: tuple[Point, ...]
     errors: dict[str, float]
     samples_given: int
     samples_used: int
@@ -97,11 +109,30 @@ class CompressReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the widths before and after, one bar a space. Needs matplotlib."""
-        draw_widths(
-            path,
-            [(w.name, w.before, w.after) for w in self.widths],
-            f"MACs {self.after.macs / max(self.before.macs, 1):.0%}, parameters "
+        """Draw the divergence over the budget, and the widths before and after. Needs matplotlib."""
+        widths = [(w.name, w.before, w.after) for w in self.widths]
+        figure = new_figure(12, max(height_of(widths), 4.0))
+        curve, bars = figure.subplots(1, 2)
+        whole = max(self.before.macs, 1)
+        curve.plot(
+            [p.macs / whole for p in self.path], [p.divergence for p in self.path], color="#9aa5b1",
+            label="expected of each width, before the fit",
+        )  # fmt: skip
+        curve.plot(
+            [p.macs / whole for p in self.trials], [p.divergence for p in self.trials], "o", color="#3b6ea5",
+            label="fitted, on held-out samples",
+        )  # fmt: skip
+        curve.axvline(self.after.macs / whole, color="#3b6ea5", lw=0.8, ls=":")
+        smallest = min((p.divergence for p in (*self.path, *self.trials) if p.divergence > 0), default=1e-6)
+        curve.set_yscale("symlog", linthresh=max(smallest, 1e-6))
+        curve.set_ylim(bottom=0)
+        curve.set(xlabel="MACs kept", ylabel="divergence from the wide model", xlim=(0, 1.02))
+        curve.spines[["top", "right"]].set_visible(False)
+        curve.legend(frameon=False, fontsize=8)
+        widths_on(bars, widths)
+        figure.suptitle(
+            f"MACs {self.after.macs / whole:.0%}, parameters "
             f"{self.after.parameters / max(self.before.parameters, 1):.0%}, "
-            f"divergence {self.divergence:.3g} (held out)",
-        )
+            f"divergence {self.divergence:.3g} (held out)", fontsize=10,
+        )  # fmt: skip
+        figure.savefig(path, dpi=150)

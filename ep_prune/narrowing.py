@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
-from ep_prune.compress_report import CompressReport, Width
+from ep_prune.compress_report import CompressReport, Point, Width
 from ep_prune.cost import cost
 from ep_prune.curves import curves, importances, moments
 from ep_prune.divergence import agreement, classes_seen, divergence
@@ -37,6 +37,8 @@ from ep_prune.trial import largest_good, read_in_training
 MEMORY = 3 * 2**30
 """Bytes of activations that calibration may hold; beyond, fewer samples are used, and the report says so."""
 IMPORTANCE_CHUNKS = 4
+POINTS = 60
+"""Of the path, in the report."""
 SAME = 1e-3
 """Largest relative difference, in float32, between the narrow model and its own function in wide shapes."""
 
@@ -62,6 +64,8 @@ class Work:
         self.notes: list[str] = []
         self.evaluations = 0
         self.fits: dict[tuple[int, ...], tuple[nn.Module, Plan, Held]] = {}
+        self.course: tuple[Point, ...] = ()
+        self.trials: list[Point] = []
 
     @staticmethod
     def of(
@@ -229,12 +233,34 @@ class Work:
 
         allowed = allowed_widths(self.structure, found, round_to, least)
         budget = self._counted(asked)
-        if budget is not None and asked.latency is not None:  # the latency may ask for less than what is counted
+        if budget is None or asked.latency is not None:
             path = descend(self.structure, found, allowed, None)
+            self.course = self._course(path)
+            if budget is None:
+                return path
+            # the latency may ask for less than what is counted
             within = [state for state in path.states if excess(self.structure, path.kept(state), budget) == 0]
             if within:
                 return replace(path, states=within)
+        else:  # for the report alone, a few states are enough
+            self.course = self._course(
+                descend(self.structure, found, [a[:: max(len(a) // 8, 1)] for a in allowed], None)
+            )
         return descend(self.structure, found, allowed, budget)
+
+    def _course(self, path: Path) -> tuple[Point, ...]:
+        """Some `POINTS` of the path's models, and what its curves say of them."""
+        losses = [curve.losses() for curve in path.curves]
+        points = []
+        for state in path.states[:: max(len(path.states) // POINTS, 1)]:
+            expected = sum(float(own[gone]) for own, gone in zip(losses, state.tolist(), strict=True))
+            points.append(self._point(path.kept(state), expected))
+        return tuple(points)
+
+    def _point(self, kept: Tensor, loss: float) -> Point:
+        whole = self.structure.everything()
+        macs = self.base.macs - self.structure.macs(whole) + self.structure.macs(kept)
+        return Point(macs, self.base.parameters - self.structure.size(whole) + self.structure.size(kept), loss)
 
     def _counted(self, asked: Asked) -> Budget | None:
         """The budgets that can be counted, in terms of what the structure counts."""
@@ -256,7 +282,9 @@ class Work:
         """The model at one place of the path, its plan, and what held-out samples say of it."""
         key = tuple(state.tolist())
         if key not in self.fits:
-            self.fits[key] = self._fit(path.kept(state))
+            kept = path.kept(state)
+            self.fits[key] = self._fit(kept)
+            self.trials.append(self._point(kept, self.fits[key][2].divergence))
         return self.fits[key]
 
     def _fit(self, kept: Tensor) -> tuple[nn.Module, Plan, Held]:
@@ -310,6 +338,8 @@ class Work:
             divergence=held.divergence,
             agreement=held.agreement,
             change=held.change,
+            path=self.course,
+            trials=tuple(self.trials),
             errors=dict(held.errors),
             samples_given=self.samples.given,
             samples_used=self.samples.used,

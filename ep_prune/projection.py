@@ -189,13 +189,14 @@ def eliminate(readings: Sequence[Reading], at_least: int = 1, at_once: int = 64)
             cost += state.costs(left)
         cost[~left] = torch.inf
         going = cost.argsort()[: max(1, min(n // at_once, n - at_least))]
+        left[going] = False
         for channel in going.tolist():
             total += float(cost[channel])
             order.append(channel)
             costs.append(total)
-            left[channel] = False
-            for state in states:
-                state.drop(channel)
+        for state in states:
+            state.drop(going)
+            state.compact(left)
     return torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
 
 
@@ -234,15 +235,29 @@ class _State:
         cost[some] = found.nan_to_num(0.0)
         return cost
 
-    def drop(self, channel: int) -> None:
-        if not bool(self.reads[channel]):
+    def drop(self, channels: Tensor) -> None:
+        """Take channels out, all at once: what is left is the same as one after the other."""
+        channels = channels[self.reads[channels]]
+        for g in torch.unique(self.group[channels]).tolist():
+            rows = torch.unique(self.blocks[channels[self.group[channels] == g]])
+            inverse, weight = self.inverse[g], self.weight[g]
+            gain = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
+            weight -= weight[:, rows] @ gain
+            inverse -= inverse[:, rows] @ gain
+            weight[:, rows] = 0
+            inverse[rows] = 0
+            inverse[:, rows] = 0
+            inverse[rows, rows] = 1.0
+
+    def compact(self, left: Tensor) -> None:
+        """Forget the rows of what has gone, once they are half of all."""
+        if len(self.inverse) > 1:  # groups have rows of their own in the same places
             return
-        g, rows = int(self.group[channel]), self.blocks[channel]
-        inverse, weight = self.inverse[g], self.weight[g]
-        gain = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
-        weight -= weight[:, rows] @ gain
-        inverse -= inverse[:, rows] @ gain
-        weight[:, rows] = 0
-        inverse[rows] = 0
-        inverse[:, rows] = 0
-        inverse[rows, rows] = 1.0
+        rows = torch.unique(self.blocks[left & self.reads])
+        if 2 * len(rows) > self.inverse.shape[1]:
+            return
+        place = torch.zeros(self.inverse.shape[1], dtype=torch.int64, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        self.blocks = place[self.blocks]  # of channels that have gone: never looked at again
+        self.inverse = self.inverse[:, rows][:, :, rows]
+        self.weight = self.weight[:, :, rows]

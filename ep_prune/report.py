@@ -112,15 +112,37 @@ class Report:
 
 def draw_widths(path: str | Path, widths: Sequence[tuple[str, int, int]], title: str) -> None:
     """Draw (name, before, after), one bar a space. Needs matplotlib."""
+    figure = new_figure(8, height_of(widths))
+    axes = figure.add_subplot()
+    widths_on(axes, widths)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches. Raises `EpPruneError` where it is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EpPruneError("drawing needs matplotlib: pip install 'ep-prune[plot]'") from error
-    shown = [row for row in widths if row[1] > 1]
-    figure = Figure(figsize=(8, 1.2 + 0.3 * max(len(shown), 3)), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure
+
+
+def _drawn(widths: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    return [row for row in widths if row[1] > 1]
+
+
+def height_of(widths: Sequence[tuple[str, int, int]]) -> float:
+    """Inches that `widths_on` takes."""
+    return 1.2 + 0.3 * max(len(_drawn(widths)), 3)
+
+
+def widths_on(axes: Any, widths: Sequence[tuple[str, int, int]]) -> None:
+    """Draw (name, before, after), one bar a space of more than one channel."""
+    shown = _drawn(widths)
     places = range(len(shown))
     axes.barh(places, [before for _, before, _ in shown], color="#d8dee9", label="wide")
     axes.barh(places, [after for _, _, after in shown], color="#3b6ea5", label="narrow", height=0.55)
@@ -133,8 +155,6 @@ def draw_widths(path: str | Path, widths: Sequence[tuple[str, int, int]], title:
     axes.set_xlim(0, 1.12 * max((before for _, before, _ in shown), default=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
-    axes.set_title(title, fontsize=10, loc="left")
-    figure.savefig(path, dpi=150)
 
 
 def _sorted(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -189,3 +189,22 @@ def test_quick_from_end_to_end(tmp_path, capsys):
     assert "softmax, seed 0" in first
     assert mnist.main(["--quick", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "mnist.json").read_text()) == table
+
+
+def test_where_the_closed_form_is_not_enough_the_fitted_network_is_looked_at():
+    def rows(*pairs):
+        return [{"width": width, "loss": loss} for width, loss in pairs]
+
+    run = {
+        "wide": {"loss": 1.0},
+        "paper": [
+            {**row, "cosine": c}
+            for row, c in zip(rows((9, 1.2), (8, 1.4), (5, 2.0)), (0.9, 0.8, 0.7), strict=True)
+        ],
+        "closed form": rows((9, 1.15), (8, 1.2), (7, 1.3)),
+        "fitted": rows((9, 1.05), (7, 1.1)),
+    }
+    tables = mnist._mnist_tables
+    assert tables.halves(run, "closed form") == {0.9: False, 0.8: True}
+    assert tables.not_halved(run) == [9]
+    assert tables.halves(run, "closed form", "fitted") == {0.9: True, 0.8: True}

@@ -897,7 +897,7 @@ def resnet56_at_half(pruner_class: Any, importance: Any, **options: Any) -> tupl
 def test_resnet56_at_half_of_its_inner_channels() -> None:
     """Measured: 89.2 % (base 92.6 %) beside 43.0 %; without data 63.6 %."""
     images, _ = zoo.cifar_train(zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
-    ours, widths = resnet56_at_half(EmbeddingPruner, None, calibration=images[:512])
+    ours, widths = resnet56_at_half(EmbeddingPruner, None, calibration=images[:256])
     theirs, same = resnet56_at_half(tp.pruner.MagnitudePruner, tp.importance.MagnitudeImportance(p=2))
     without, _ = resnet56_at_half(EmbeddingPruner, None)
     assert widths == same == [8] * 9 + [16] * 9 + [32] * 9

@@ -46,10 +46,22 @@ def at_most(run: dict[str, Any], kind: str, width: int) -> dict[str, float] | No
     return max(rows, key=lambda row: row["width"]) if rows else None
 
 
-def halves(run: dict[str, Any]) -> list[bool]:
-    """At each width of the paper's: is our excess loss, in closed form, at most half of the paper's?"""
-    base, ours = run["wide"]["loss"], {row["width"]: row["loss"] for row in run["closed form"]}
-    return [ours[row["width"]] - base <= (row["loss"] - base) / 2 for row in run["paper"] if row["width"] in ours]
+def halves(run: dict[str, Any], *kinds: str) -> dict[float, bool]:
+    """By the paper's cosine: is our excess loss at that width at most half of the paper's? Of several kinds, the
+    last that was tried at a width counts."""
+    base = run["wide"]["loss"]
+    ours = {row["width"]: row["loss"] for kind in kinds for row in run[kind]}
+    return {
+        row["cosine"]: ours[row["width"]] - base <= (row["loss"] - base) / 2
+        for row in run["paper"]
+        if row["width"] in ours
+    }
+
+
+def not_halved(run: dict[str, Any]) -> list[int]:
+    """The paper's widths at which the closed form has more than half of its excess loss."""
+    good = halves(run, "closed form")
+    return [int(row["width"]) for row in run["paper"] if not good.get(row["cosine"], True)]
 
 
 def summary(runs: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
@@ -74,8 +86,10 @@ def summary(runs: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
             "within the goal": sum(within(run, row) for run, row in have),
         }
         table[f"{kind}, narrowest within the goal"] = [narrowest(run, kind) for run in runs]
-    marks = [mark for run in runs for mark in halves(run)]
-    table["widths at which our excess loss is at most half the paper's"] = f"{sum(marks)} of {len(marks)}"
+    for kinds in (("closed form",), ("closed form", "fitted")):
+        marks = [mark for run in runs for mark in halves(run, *kinds).values()]
+        name = f"widths at which our excess loss is at most half the paper's, {', else '.join(reversed(kinds))}"
+        table[name] = f"{sum(marks)} of {len(marks)}"
     return table
 
 

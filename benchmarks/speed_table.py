@@ -1,0 +1,79 @@
+"""The results of `benchmarks.speed` in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+HEAD = """\
+# Real speed at half of the MACs
+
+Milliseconds a call, contiguous / channels-last: medians over turns, the models turn about. Speed-up: the faster
+layout of the wide network over the faster one of the narrow network, in brackets the quartiles turn by turn; "by
+MACs": what the multiply-accumulates alone would promise.
+"""
+TIMES = (
+    "network", "device", "images", "turns", "wide, ms", "round_to=8, ms", "speed-up", "by MACs",
+    "unrounded, ms", "speed-up", "by MACs",
+)  # fmt: skip
+MODELS = (
+    "network", "round_to", "MACs kept", "parameters kept", "accuracy, %", "equal decisions, held out",
+    "calibration images", "seconds of compress",
+)  # fmt: skip
+
+
+def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str], goal: float) -> str:
+    """What was timed, what the narrow networks are, and where the goal is missed."""
+    found = list(found)
+    parts = [HEAD, ", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None), ""]
+    parts += _head(TIMES)
+    for one in found:
+        promised = [one.macs / narrow.macs for narrow in one.narrow]
+        for timing in one.timings:
+            names = list(timing.times)
+            cells = [one.network, timing.device, str(timing.batch), str(timing.turns), _pair(timing, names[0])]
+            for name, ratio in zip(names[1:], promised, strict=True):
+                low, high = timing.spread(name)
+                cells += [
+                    _pair(timing, name),
+                    f"{timing.faster(name):.2f}x ({low:.2f}–{high:.2f})",
+                    f"{ratio:.2f}x",
+                ]
+            parts.append(f"| {' | '.join(cells)} |")
+    parts += ["", "The narrow networks:", ""]
+    parts += _head(MODELS)
+    for one in found:
+        for narrow in one.narrow:
+            accuracy = "" if narrow.accuracy is None else f"{one.accuracy:.1f} -> {narrow.accuracy:.1f}"
+            agreement = "" if narrow.agreement is None else f"{narrow.agreement:.1%}"
+            parts.append(
+                f"| {one.network} | {narrow.round_to} | {narrow.macs / one.macs:.3f} | "
+                f"{narrow.parameters / one.parameters:.3f} | {accuracy} | {agreement} | {narrow.images} | "
+                f"{narrow.seconds:.0f} |"
+            )
+    parts += ["", *verdicts(found, goal), *(f"* WRONG: {line}" for line in misses)]
+    return "\n".join(parts) + "\n"
+
+
+def verdicts(found: Iterable[Any], goal: float) -> list[str]:
+    """One line for every network, device and batch: whether rounded widths reach the goal."""
+    lines = []
+    for one in found:
+        for timing in one.timings:
+            name = list(timing.times)[1]
+            ratio, (low, high) = timing.faster(name), timing.spread(name)
+            said = "reached" if ratio >= goal else "MISSED"
+            if low < goal < high:
+                said += ", within the spread of the turns: repeat on a machine without other work"
+            many = "1 image" if timing.batch == 1 else f"{timing.batch} images"
+            lines.append(f"* {one.network}, {timing.device}, {many}: {ratio:.2f}x, goal of {goal}x {said}")
+    return lines
+
+
+def _pair(timing: Any, model: str) -> str:
+    return " / ".join(f"{statistics.median(layout):.4g}" for layout in timing.times[model].values())
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
