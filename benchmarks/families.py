@@ -172,14 +172,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def write(log: Log, seed: int, out: Path) -> str:
     """The JSON file and the table of all rows that are there, in the order of the registry; returns the table."""
     rows = [log.rows[name] for name in families() if name in log.rows]
+    unmeasured = [name for name in families() if name not in log.rows]
     figures = {
         "made with": setting(),
         "seed": seed,
         "totals": summary(rows),
+        "not measured": unmeasured,
         "rows": [row.public() for row in rows],
     }
     (out / "families.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    text = document(rows, setting() | {"seed": str(seed)})
+    text = document(rows, setting() | {"seed": str(seed)}, unmeasured)
     (out / "families.md").write_text(text, encoding="utf-8")
     return text
 

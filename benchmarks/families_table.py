@@ -94,8 +94,8 @@ def cells(row: Row) -> list[str]:
     return [*found, seconds, reason(row).replace("|", "\\|")]
 
 
-def document(rows: Sequence[Row], setting: Mapping[str, str]) -> str:
-    """The whole file."""
+def document(rows: Sequence[Row], setting: Mapping[str, str], unmeasured: Sequence[str] = ()) -> str:
+    """The whole file; `unmeasured`: families that no run has come to yet."""
     lines = [
         "# Families",
         "",
@@ -103,7 +103,10 @@ def document(rows: Sequence[Row], setting: Mapping[str, str]) -> str:
         "",
     ]
     lines += [f"* {key}: {value}" for key, value in setting.items()]
-    lines += ["", *totals(rows), "", *table(rows), "", *LEGEND, ""]
+    lines += ["", *totals(rows)]
+    if unmeasured:
+        lines.append(f"* NOT MEASURED, and in none of these figures, {len(unmeasured)}: {', '.join(unmeasured)}")
+    lines += ["", *table(rows), "", *LEGEND, ""]
     failed = [failure for row in rows for failure in failures(row)]
     lines += ["## Failures", "", *([f"* {failure}" for failure in failed] or ["None."]), ""]
     lines += ["## Spaces that were not widened", ""]
