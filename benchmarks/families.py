@@ -75,7 +75,7 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         written, said = Path(folder) / "row.json", Path(folder) / "stderr"
         command = [sys.executable, "-m", "benchmarks.families", "--child", family.name, "--seed", str(seed)]
-        start, stopped = time.perf_counter(), ""
+        last, spent, stopped = time.perf_counter(), 0.0, ""
         with said.open("w") as errors:
             child = subprocess.Popen(
                 [*command, "--row", str(written)],
@@ -87,7 +87,9 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
             try:
                 while child.poll() is None and not stopped:
                     time.sleep(0.1)
-                    if time.perf_counter() - start > limit:
+                    now = time.perf_counter()
+                    spent, last = spent + min(now - last, 1.0), now  # where both are suspended, no time passes
+                    if spent > limit:
                         stopped = f"stopped after {limit:.0f} s"
                     elif resident(child.pid) > memory:
                         stopped = f"stopped above {memory:g} GB"
@@ -100,7 +102,7 @@ def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
             row = Row.read(json.loads(written.read_text()))
         if stopped:
             row.status, row.error = "stopped", f"{stopped}, at the step: {row.phase}"
-            row.wall = time.perf_counter() - start
+            row.wall = spent
         elif child.returncode:
             last = (said.read_text(errors="replace").strip() or "no message").splitlines()[-1][:300]
             row.status = "crashed" if child.returncode < 0 else "unbuilt"  # a signal, or a fault of the benchmark
@@ -170,14 +172,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def write(log: Log, seed: int, out: Path) -> str:
     """The JSON file and the table of all rows that are there, in the order of the registry; returns the table."""
     rows = [log.rows[name] for name in families() if name in log.rows]
+    unmeasured = [name for name in families() if name not in log.rows]
     figures = {
         "made with": setting(),
         "seed": seed,
         "totals": summary(rows),
+        "not measured": unmeasured,
         "rows": [row.public() for row in rows],
     }
     (out / "families.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    text = document(rows, setting() | {"seed": str(seed)})
+    text = document(rows, setting() | {"seed": str(seed)}, unmeasured)
     (out / "families.md").write_text(text, encoding="utf-8")
     return text
 

@@ -24,7 +24,7 @@ GENERIC = ("distinct and read", "kept for equal parts", "last of its layer", "le
 def missed(before: int, wide: int, after: int | None, stayed: Mapping[str, int]) -> str:
     """`64 -> 96 -> 80: why`."""
     special = [why for why in stayed if why not in GENERIC]
-    why = "; ".join(short(reason) for reason in special) or "; ".join(f"{n} {w}" for w, n in stayed.items())
+    why = "; ".join(short(reason) for reason in special) or ", ".join(stayed)
     return f"{before} -> {wide} -> {'not there' if after is None else after}: {why or 'no reason is given'}"
 
 

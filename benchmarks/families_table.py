@@ -69,7 +69,6 @@ def reason(row: Row) -> str:
 def _counted(reasons: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for why in reasons:
-        why = why.lstrip("0123456789 ")
         counts[why] = counts.get(why, 0) + 1
     return "; ".join(f"{why} ({count})" for why, count in sorted(counts.items(), key=lambda item: -item[1]))
 
@@ -78,7 +77,7 @@ def cells(row: Row) -> list[str]:
     """One line of the table."""
     tried = row.status != "skipped"
     exports = {True: "yes", False: "no", None: "-"}[row.exports]
-    widened = f"{len(row.widened)}" if row.exports else "-"
+    widened = f"{len(row.widened)}" if "embed" in row.differences else "-"
     back = f"{row.exact}" if row.back or (row.status == "done" and row.exports) else "-"
     difference = "-" if row.difference is None else f"{row.difference:.0e}"
     seconds = f"{sum(row.seconds.values()):.0f}" if tried else "-"
@@ -95,8 +94,8 @@ def cells(row: Row) -> list[str]:
     return [*found, seconds, reason(row).replace("|", "\\|")]
 
 
-def document(rows: Sequence[Row], setting: Mapping[str, str]) -> str:
-    """The whole file."""
+def document(rows: Sequence[Row], setting: Mapping[str, str], unmeasured: Sequence[str] = ()) -> str:
+    """The whole file; `unmeasured`: families that no run has come to yet."""
     lines = [
         "# Families",
         "",
@@ -104,7 +103,10 @@ def document(rows: Sequence[Row], setting: Mapping[str, str]) -> str:
         "",
     ]
     lines += [f"* {key}: {value}" for key, value in setting.items()]
-    lines += ["", *totals(rows), "", *table(rows), "", *LEGEND, ""]
+    lines += ["", *totals(rows)]
+    if unmeasured:
+        lines.append(f"* NOT MEASURED, and in none of these figures, {len(unmeasured)}: {', '.join(unmeasured)}")
+    lines += ["", *table(rows), "", *LEGEND, ""]
     failed = [failure for row in rows for failure in failures(row)]
     lines += ["## Failures", "", *([f"* {failure}" for failure in failed] or ["None."]), ""]
     lines += ["## Spaces that were not widened", ""]

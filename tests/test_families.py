@@ -53,6 +53,7 @@ def test_a_small_network_comes_back_whole_and_the_run_is_kept(
     assert set(row["differences"]) == {"reduce", "embed", "reduce again"} and row["difference"] <= 1e-12
     assert figures["totals"]["share that came back"] == 1.0 and not figures["totals"]["failures"]
     assert "| tuple output | 1,293 | yes | 2 | 2 | 2 |" in table
+    assert set(figures["not measured"]) == set(families()) - {TINY} and "NOT MEASURED" in table
 
     monkeypatch.setattr(bench, "measure", None)  # a second run takes the rows over
     assert run(tmp_path)[0] == 0
