@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import ep_prune
 from benchmarks.cifar.networks import NETWORKS
+from benchmarks.common import Log, machine, names_of
 from benchmarks.compress_cost_report import plot, table
-from benchmarks.speed import machine
 from benchmarks.wide_networks import noise, wide_resnet
 from ep_prune.calibrate import Program
 
@@ -238,31 +238,6 @@ def in_child(row: Row) -> Row:
     return row
 
 
-class Log:
-    """The rows of a file, one JSON object a line; of several with one key, the last counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[tuple[str, int, int], Row] = {}
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                row = Row(**json.loads(line))
-            except ValueError:  # the line at which a run was cut off
-                continue
-            self.rows[row.key] = row
-
-    def add(self, row: Row) -> None:
-        self.rows[row.key] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = self.path.is_file() and not self.path.read_text().endswith("\n")
-        with self.path.open("a") as file:
-            file.write(("\n" if cut_off else "") + json.dumps(asdict(row)) + "\n")
-
-    def get(self, row: Row) -> Row | None:
-        found = self.rows.get(row.key)
-        return None if found is None or found.error else found
-
-
 def broken(series: dict[str, list[Row]]) -> list[str]:
     """What does not hold, in sentences."""
     found = []
@@ -291,13 +266,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text: str) -> list[str]:
-        chosen = [part.strip() for part in text.split(",")]
-        if unknown := [name for name in chosen if name not in SERIES]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(SERIES)}")
-        return chosen
-
-    parser.add_argument("--series", type=names, default=list(SERIES), metavar="A,B")
+    parser.add_argument("--series", type=names_of(SERIES), default=list(SERIES), metavar="A,B")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small networks, few images, without the limits")
     parser.add_argument("--out", type=Path, default=Path("bench-out/cost"))
@@ -313,14 +282,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(asdict(measure(row))))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out / "results.jsonl")
+    log = Log(options.out / "results.jsonl", lambda found: Row(**found), lambda row: row.key)
     chosen = QUICK if options.quick else SERIES
     wanted = {name: chosen[name] for name in options.series if name in chosen}
     runs = list(dict.fromkeys(run for series in wanted.values() for run in series))
     for network, images in (progress := tqdm(runs, unit="run")):
         progress.set_description(f"{network}, {images} images")
         row = Row(network, images, options.threads)
-        if log.get(row) is None:
+        if row.key not in log.rows or log.rows[row.key].error:
             log.add(in_child(row))
     series = {name: [log.rows[network, images, options.threads] for network, images in runs_]
               for name, runs_ in wanted.items()}  # fmt: skip

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import head
+
 HEAD = """\
 # What `compress` costs, to half of the MACs
 
@@ -24,11 +26,11 @@ def table(series: Mapping[str, Sequence[Any]], misses: Sequence[str]) -> str:
     """Two tables for each series, of `Row`s, and what does not hold."""
     parts = [HEAD]
     for name, rows in series.items():
-        parts += [f"## {TITLES[name]}", "", *_head(COLUMNS), *(_line(row) for row in rows), ""]
+        parts += [f"## {TITLES[name]}", "", *head(COLUMNS), *(_line(row) for row in rows), ""]
         done = [row for row in rows if not row.error]
         stages = stages_of(done)
         if stages:
-            parts += ["Seconds by stage:", "", *_head(["network", "images", *stages])]
+            parts += ["Seconds by stage:", "", *head(["network", "images", *stages])]
             for row in done:
                 cells = [f"{row.stages.get(stage, 0.0):.1f}" for stage in stages]
                 parts.append(f"| {row.network} | {row.images} | {' | '.join(cells)} |")
@@ -42,10 +44,6 @@ def stages_of(rows: Sequence[Any]) -> list[str]:
     """The stages in the order in which they run, `other` last."""
     found = dict.fromkeys(stage for row in rows for stage in row.stages if stage != "other")
     return [*found, "other"] if found else []
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def _line(row: Any) -> str:

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import Log
 from benchmarks.families_measure import Row, measure
 from benchmarks.families_networks import Family, families
 from benchmarks.families_table import document, summary
@@ -44,30 +45,6 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("tuple output", "two inputs, two outputs", "dncnn (denoiser)", "lstm language model", "vit_b_16")
 FINAL = ("done", "refused", "crashed", "unbuilt")
 """What a second run takes over from the first."""
-
-
-class Log:
-    """The rows of a file, one JSON object a line; of several with one name, the last counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, Row] = {}
-        if path.is_file():
-            text = path.read_text()
-            if text and not text.endswith("\n"):  # cut off: what comes next needs a line of its own
-                path.write_text(text + "\n")
-            for line in text.splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # where a run was cut off, or of another version
-                    row = Row.read(json.loads(line))
-                    self.rows[row.name] = row
-
-    def add(self, row: Row) -> None:
-        self.rows[row.name] = row
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-
-    def lacks(self, name: str) -> bool:
-        return name not in self.rows or self.rows[name].status not in FINAL
 
 
 def in_a_process(family: Family, seed: int, limit: float, memory: float) -> Row:
@@ -169,7 +146,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def write(log: Log, seed: int, out: Path) -> str:
+def lacks(log: Log[Row], name: str) -> bool:
+    return name not in log.rows or log.rows[name].status not in FINAL
+
+
+def write(log: Log[Row], seed: int, out: Path) -> str:
     """The JSON file and the table of all rows that are there, in the order of the registry; returns the table."""
     rows = [log.rows[name] for name in families() if name in log.rows]
     unmeasured = [name for name in families() if name not in log.rows]
@@ -193,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child(options.child, options.seed, options.row)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out / "families.jsonl")
-    wanted = [name for name in options.names if log.lacks(name)]
+    log = Log(options.out / "families.jsonl", Row.read, lambda row: row.name)
+    wanted = [name for name in options.names if lacks(log, name)]
     for name in (bar := tqdm(wanted, unit="family", disable=None)):
         bar.set_description(name)
         family = families()[name]

@@ -30,7 +30,6 @@ import copy
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -45,6 +44,7 @@ from tqdm import tqdm
 
 import ep_prune
 from benchmarks.cifar.networks import CALIBRATION, NETWORKS, zoo
+from benchmarks.common import machine, names_of
 from benchmarks.speed_table import table
 from benchmarks.wide_networks import noise, vgg16, wide_resnet
 from ep_prune.cost import cost
@@ -255,18 +255,6 @@ def _call(model: nn.Module, x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def measure(network: Network, count: int, seconds: float, out: Path) -> Measured:
     """Compress, where that has not been done, and time."""
     wide = network.load()
@@ -291,13 +279,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text: str) -> list[str]:
-        chosen = [part.strip() for part in text.split(",")]
-        if unknown := [name for name in chosen if name not in KNOWN]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-        return chosen
-
-    parser.add_argument("--networks", type=names, default=list(CHOSEN), metavar="A,B")
+    parser.add_argument("--networks", type=names_of(KNOWN), default=list(CHOSEN), metavar="A,B")
     parser.add_argument("--images", type=int, help="calibration images; default: 1,024 real ones, 64 of noise")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each network and batch")
@@ -311,7 +293,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(networks: Iterable[Network], options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    setting = machine() | {"load": os.getloadavg()[0], "gpu": gpu}
     found: list[Measured] = []
     misses: list[str] = []
     for network in (progress := tqdm(list(networks), unit="network")):

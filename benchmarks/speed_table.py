@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.common import head
+
 HEAD = """\
 # Real speed at half of the MACs
 
@@ -27,7 +29,7 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
     """What was timed, what the narrow networks are, and where the goal is missed."""
     found = list(found)
     parts = [HEAD, ", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None), ""]
-    parts += _head(TIMES)
+    parts += head(TIMES)
     for one in found:
         promised = [one.macs / narrow.macs for narrow in one.narrow]
         for timing in one.timings:
@@ -42,7 +44,7 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
                 ]
             parts.append(f"| {' | '.join(cells)} |")
     parts += ["", "The narrow networks:", ""]
-    parts += _head(MODELS)
+    parts += head(MODELS)
     for one in found:
         for narrow in one.narrow:
             accuracy = "" if narrow.accuracy is None else f"{one.accuracy:.1f} -> {narrow.accuracy:.1f}"
@@ -73,7 +75,3 @@ def verdicts(found: Iterable[Any], goal: float) -> list[str]:
 
 def _pair(timing: Any, model: str) -> str:
     return " / ".join(f"{statistics.median(layout):.4g}" for layout in timing.times[model].values())
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

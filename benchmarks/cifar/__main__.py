@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterable
@@ -27,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,6 +33,7 @@ from benchmarks.cifar.methods import METHODS, Method
 from benchmarks.cifar.networks import CALIBRATION, NETWORKS, Case, zoo
 from benchmarks.cifar.plot import plot
 from benchmarks.cifar.table import table
+from benchmarks.common import Log, machine, names_of
 from ep_prune.cost import cost
 
 SEEDS = (0, 1, 2)
@@ -63,33 +61,6 @@ class Row:
     @property
     def key(self) -> tuple[str, str, float, int, int]:
         return self.network, self.method, self.budget, self.seed, self.images
-
-
-class Log:
-    """The rows of a file, one JSON object a line; of several with one key, the last counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[tuple[str, str, float, int, int], Row] = {}
-        if path.is_file():
-            text = path.read_text()
-            if text and not text.endswith("\n"):  # cut off: what comes next needs a line of its own
-                path.write_text(text + "\n")
-            for line in text.splitlines():
-                try:
-                    row = Row(**json.loads(line))
-                except ValueError:  # the line at which a run was cut off
-                    continue
-                self.rows[row.key] = row
-
-    def add(self, row: Row) -> None:
-        self.rows[row.key] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-
-    def lacks(self, row: Row) -> bool:
-        return row.key not in self.rows or bool(self.rows[row.key].error)
 
 
 @dataclass
@@ -124,9 +95,13 @@ class Setting:
         return row
 
 
-def run(setting: Setting, methods: Iterable[Method], log: Log) -> None:
+def lacks(log: Log[Row], row: Row) -> bool:
+    return row.key not in log.rows or bool(log.rows[row.key].error)
+
+
+def run(setting: Setting, methods: Iterable[Method], log: Log[Row]) -> None:
     """The rows that `log` lacks. A method and its re-estimated twin share one narrowing."""
-    wanted = [method for method in methods if log.lacks(setting.row(method))]
+    wanted = [method for method in methods if lacks(log, setting.row(method))]
     for base in {method.base or method.name: None for method in wanted}:
         asked = [method for method in wanted if base in (method.name, method.base)]
         try:
@@ -147,17 +122,7 @@ def run(setting: Setting, methods: Iterable[Method], log: Log) -> None:
                 log.add(setting.failed(method, error))
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def write(log: Log, images: int, bases: dict[str, float], out: Path) -> str:
+def write(log: Log[Row], images: int, bases: dict[str, float], out: Path) -> str:
     """The JSON file, the table and the plot of all rows that are there with this many calibration images, also of
     networks that were not asked for this time; returns the table."""
     rows = [row for row in log.rows.values() if row.images == images]
@@ -177,17 +142,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(known: Iterable[str]) -> Any:
-        def parse(text: str) -> list[str]:
-            chosen = [part.strip() for part in text.split(",")]
-            if unknown := [name for name in chosen if name not in known]:
-                raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
-            return chosen
-
-        return parse
-
-    parser.add_argument("--networks", type=names(NETWORKS), default=list(NETWORKS), metavar="A,B")
-    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), metavar="X,Y")
+    parser.add_argument("--networks", type=names_of(NETWORKS), default=list(NETWORKS), metavar="A,B")
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), metavar="X,Y")
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")], metavar="F,F",
                         help="shares of MACs kept; default: each network's own")  # fmt: skip
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=list(SEEDS))
@@ -203,7 +159,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out / "results.jsonl")
+    log = Log(options.out / "results.jsonl", lambda found: Row(**found), lambda row: row.key)
     cases = [NETWORKS[name] for name in options.networks]
     loaded = {case.name: case.checked() for case in cases}
     bases = {name: accuracy for name, (_, accuracy) in loaded.items()}
