@@ -229,6 +229,17 @@ def half() -> ep.Compressed:
     return compress_mlp(keep_macs=0.5)
 
 
+def test_the_report_has_the_divergence_from_wide_to_narrowest_and_what_was_measured():
+    report = half().report
+    macs, expected = ([getattr(point, name) for point in report.path] for name in ("macs", "divergence"))
+    assert macs[0] == report.reduced.macs and expected[0] == pytest.approx(0, abs=1e-6)
+    assert macs == sorted(macs, reverse=True) and expected == sorted(expected)
+    assert macs[-1] < report.after.macs  # the budget is not the end
+    (trial,) = report.trials
+    assert (trial.macs, trial.parameters) == (report.after.macs, report.after.parameters)
+    assert trial.divergence == report.divergence
+
+
 # ---- every kind of network -----------------------------------------------------------------------------
 
 
