@@ -25,7 +25,7 @@ from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
 from ep_prune.numbering import Numbering
-from ep_prune.slots import EqualCounts, Groups
+from ep_prune.slots import EqualCounts, Fewer, Groups
 
 STAYED = (
     "gone",
@@ -109,6 +109,9 @@ def close(chosen: Selection) -> None:
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
             elif isinstance(constraint, EqualCounts):
                 _even_sections(chosen, [roots[section] for section in constraint.sections])
+            elif isinstance(constraint, Fewer):
+                least = chosen.kept[roots[constraint.few]].sum() + 1
+                _fill(chosen, roots[constraint.many].unsqueeze(0), least.reshape(1))
         if int(chosen.kept.sum()) == before:
             return
 

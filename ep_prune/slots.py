@@ -34,6 +34,14 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Fewer:
+    """Of `few` fewer must stay than of `many`: `nn.LSTM` projects to a smaller size, or not at all."""
+
+    few: Tensor
+    many: Tensor
+
+
+@dataclass(frozen=True)
 class Standardized:
     """A layer norm reads these channels: only equal multiplicities keep what it computes.
 
@@ -49,7 +57,7 @@ class Slots:
 
     count: int = 0
     bound: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    constraints: list[EqualCounts | Groups | Standardized] = field(default_factory=list)
+    constraints: list[EqualCounts | Groups | Fewer | Standardized] = field(default_factory=list)
     _unions: list[Tensor] = field(default_factory=list)
     _pins: list[tuple[Tensor, str]] = field(default_factory=list)
 

@@ -6,6 +6,7 @@ norm, or a residual stream with all the branches that add to it. It goes by the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
     reasons = chosen.numbering.slots.reasons(roots)
     result = []
     for head in sorted({find(k) for k in range(len(merged))}):
-        longest = max(groups[head], key=lambda axis: len(n.slots.bound[axis]))
-        own = roots[n.slots.bound[longest]]
+        longest = max(groups[head], key=lambda axis: len(_units(chosen, axis)))
+        own = _units(chosen, longest)
         kept = chosen.kept[own]
         gone = {kind: int((kinds[own[~kept]] == k).sum()) for k, kind in enumerate(KINDS)}
         stayed = {
@@ -86,7 +87,7 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
             left = left[~mask]
         stayed["rolled back or protected"] = len(left)
         producers = tuple(dict.fromkeys(name for name, _ in groups[head]))
-        first = producers[0].rpartition(".")[0] or producers[0]
+        first = _layer(producers[0])
         result.append(
             Space(
                 first,
@@ -99,6 +100,23 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
             )
         )
     return result
+
+
+def _units(chosen: Selection, axis: tuple[str, int]) -> Tensor:
+    """The roots along an axis; of a recurrent weight's, which has a row for every gate, those of its first gate."""
+    n = chosen.numbering
+    own = chosen.roots[n.slots.bound[axis]]
+    return own[: len(own) // n.gates.get(axis[0], 1)]
+
+
+def _layer(weight: str) -> str:
+    """Whose outputs a weight writes: its module's, or one layer's and direction's of a recurrent module."""
+    path, _, leaf = weight.rpartition(".")
+    part = re.fullmatch(r"weight_(ih_|hh_|hr_)(l\d+(?:_reverse)?)", leaf)
+    if part is None:
+        return path or weight
+    leaf = part[2] + (" projected" if part[1] == "hr_" else "")
+    return f"{path}.{leaf}" if path else leaf
 
 
 def _producing_axes(chosen: Selection) -> list[tuple[str, int]]:

@@ -167,7 +167,7 @@ def _dense(net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Ten
             values.index_add_(0, place[:, entry], net * rows.coef[:, entry, None, None])
     square = (noise * rows.coef.square().sum(1)[:, None]).sum(0)
     keys = mix(atoms.unsqueeze(1), torch.arange(taps)).reshape(-1)
-    matrix = values.transpose(0, 1).reshape(outputs, -1)
+    matrix = values.transpose(0, 1).flatten(1)
     if bool((pattern != 0).any()):
         matrix = torch.cat([matrix, pattern], 1)
         keys = torch.cat([keys, mix(ONE, torch.arange(taps))])

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ep_prune.graph import Graph, Node
-from ep_prune.numbering import contraction, structure
+from ep_prune.numbering import contraction, recurrent, structure
 from ep_prune.numbering.elementwise import transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown
 from ep_prune.rules import kind_of
 from ep_prune.slots import Slots
 
-_HANDLERS = (contraction, structure)
+_HANDLERS = (contraction, recurrent, structure)
 
 
 def number_channels(
