@@ -7,7 +7,7 @@ norm, or a residual stream with all the branches that add to it. It goes by the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,8 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
     reasons = chosen.numbering.slots.reasons(roots)
     result = []
     for head in sorted({find(k) for k in range(len(merged))}):
-        longest = max(groups[head], key=lambda axis: len(_units(chosen, axis)))
-        own = _units(chosen, longest)
+        longest = longest_axis(chosen, groups[head])
+        own = units_along(chosen, longest)
         kept = chosen.kept[own]
         gone = {kind: int((kinds[own[~kept]] == k).sum()) for k, kind in enumerate(KINDS)}
         stayed = {
@@ -102,7 +102,12 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
     return result
 
 
-def _units(chosen: Selection, axis: tuple[str, int]) -> Tensor:
+def longest_axis(chosen: Selection, axes: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """The axis that counts as a space's width."""
+    return max(axes, key=lambda axis: len(units_along(chosen, axis)))
+
+
+def units_along(chosen: Selection, axis: tuple[str, int]) -> Tensor:
     """The roots along an axis; of a recurrent weight's, which has a row for every gate, those of its first gate."""
     n = chosen.numbering
     own = chosen.roots[n.slots.bound[axis]]
@@ -123,14 +128,15 @@ def _producing_axes(chosen: Selection) -> list[tuple[str, int]]:
     """The weight axes that write channels, in the order of the graph."""
     bound = chosen.numbering.slots.bound
     axes: list[tuple[str, int]] = []
-    written = {port.name: port.op.layout for port in chosen.numbering.ports}
+    looped = {id(before) for before, _ in chosen.numbering.loops}  # W_hh writes what W_ih writes
+    written = {port.name: port.op.layout for port in chosen.numbering.ports if id(port.x) not in looped}
     for name, axis in bound:
         if name in written:
             layout = written[name]
             out = -1 if layout.groups > 1 else int(layout.inputs_first)
             if axis == out:
                 axes.append((name, axis))
-        elif chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
+        elif name not in chosen.numbering.gates and chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
             axes.append((name, axis))  # an embedding table
     return axes
 

@@ -210,6 +210,7 @@ class _Layer:
         states = self._channels(units.shape[:2], self._states(found, False), slots)
         n.ports.append(Port(self.node, op, units, states, classes, constant, net, weight, nothing, size))
         n.slots.constraints.append(Fewer(slots, units.slots))
+        n.gates[str(w.project.tensor)] = 1
         return states
 
     def _states(self, found: _Units, before: bool) -> Rows:
