@@ -10,8 +10,10 @@ column), or they are zero for ever (their odd row is nothing, and anybody may re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +152,48 @@ def options_of(module: nn.RNNBase) -> dict[str, object]:
     if isinstance(module, nn.RNN):
         options["nonlinearity"] = module.nonlinearity
     return options
+
+
+class Tagger(nn.Module):
+    """A table of tokens, recurrent layers, a linear head on: `all` states, the `last` ones, or the last `cell`s."""
+
+    def __init__(self, table: nn.Embedding, layers: nn.RNNBase, head: nn.Linear, use: str) -> None:
+        super().__init__()
+        self.table, self.layers, self.head, self.use = table, layers, head, use
+        self.units: list[Units] = []
+        """Of a widened network: the units of each layer and direction."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, last = self.layers(self.table(x))
+        if self.use == "all":
+            return self.head(states)  # type: ignore[no-any-return]
+        if isinstance(last, tuple):
+            last = last[1] if self.use == "cell" else last[0]
+        ends = [last[-2], last[-1]] if self.layers.bidirectional else [last[-1]]
+        return self.head(torch.cat(ends, -1))  # type: ignore[no-any-return]
+
+
+def tagger(
+    kind: type[nn.RNNBase], use: str, seed: int, units: int = 5, size: int = 4, tokens: int = 11, **options: Any
+) -> Tagger:
+    """A random narrow network, in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    layers = kind(size, units, **options)
+    width = (units if use == "cell" else layers.proj_size or units) * (2 if layers.bidirectional else 1)
+    model = Tagger(nn.Embedding(tokens, size), layers, nn.Linear(width, 3), use).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if name.startswith("table") else min(0.5, 1.2 / parameter.shape[-1] ** 0.5)
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+    return model
+
+
+def widened(narrow: Tagger, widener: Widener | None = None, seed: int = 0) -> Tagger:
+    """The same function, with all recurrent layers widened."""
+    widener = widener or Widener(seed)
+    layers, outputs, units = widener.recurrent(narrow.layers)
+    if narrow.use == "cell":
+        outputs = Units.join(units[-2:] if layers.bidirectional else units[-1:])
+    wide = Tagger(copy.deepcopy(narrow.table), layers, widener.linear(narrow.head, outputs), narrow.use)
+    wide.units = units
+    return wide.train(narrow.training)
