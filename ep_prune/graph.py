@@ -302,9 +302,9 @@ class Item(Operation):
 class Cell:
     """What one recurrent unit does with its `gates` rows of W_ih x + b_ih and W_hh h + b_hh.
 
-    Its state changes sign with the row of the gate `odd`, and with no other; where `positive` (relu), that row lets
-    through any positive factor instead. `split`: this gate's two parts meet each by itself (GRU). `function`: the
-    state is f(row) and remembers nothing else; None where it does.
+    Its state changes sign with the row of the gate `odd`, and with no other; where `positive` (relu), that row
+    lets through any positive factor instead. `split`: this gate's two parts are not just added up (GRU).
+    `function`: the state is f(row) and remembers nothing else; None where it does.
     """
 
     name: str
@@ -317,7 +317,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Direction:
-    """The parameters of one layer in one direction. `project`: of LSTM with projections, the state's own weight."""
+    """One layer in one direction: its parameters. `project`: of LSTM with projections, the state's own weight."""
 
     weight_ih: Node
     weight_hh: Node
@@ -341,7 +341,7 @@ class Recurrent(Operation):
 
 @dataclass(frozen=True)
 class Zeros(Operation):
-    """Zeros of a shape: where a recurrent layer starts from. To any other reader they are as unknown as an input."""
+    """Zeros of a shape: where a recurrent layer starts. To any other reader they are as unknown as an input."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def _last(n: Numbering, parts: Sequence[Channels], batch: int, what: str) -> Cha
     rows, slots, edges = _stacked(parts)
     width = len(parts[0].rows)
     labels = torch.arange(len(rows)).reshape(len(parts), 1, width)
-    return n.record(Channels((len(parts), batch, width), labels, rows.mapped(number(f"last {what}")), slots, edges))
+    return n.record(
+        Channels((len(parts), batch, width), labels, rows.mapped(number(f"last {what}")), slots, edges)
+    )
 
 
 def _stacked(parts: Sequence[Channels]) -> tuple[Rows, Tensor, tuple[Edge, ...]]:
@@ -92,7 +94,7 @@ def _stacked(parts: Sequence[Channels]) -> tuple[Rows, Tensor, tuple[Edge, ...]]
 
 @dataclass(frozen=True, eq=False)
 class _Units:
-    """What is claimed of H units: state j is scale[j] times state leader[j]; or zero; or value[j] once it has begun.
+    """What is claimed of H units: state j is scale[j] times state leader[j]; or zero; or value[j] from then on.
 
     error (H,): how far the rows of a unit may be off those of its leader.
     """
@@ -244,9 +246,7 @@ class _Layer:
             found = new
             rows = self._states(found, True)
             classes, constant = equal_directions(rows, len(rows), self.n.tolerance)
-            net, noise = _net(
-                self.hh, classes.leader, classes.scale, constant, rows, self.n.eps(self.w.weight_hh)
-            )
+            net, noise = _net(self.hh, classes.leader, classes.scale, constant, rows, self.n.eps(self.w.weight_hh))
             coef = torch.where(classes.leader == torch.arange(len(rows)), rows.coef.sum(1), 0.0)
             square = (noise * coef.square().unsqueeze(1)).sum(0)
             back = (net[:, :, 0] * coef.unsqueeze(1)).T, square.sqrt()

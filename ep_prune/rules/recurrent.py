@@ -6,8 +6,8 @@ Gates come in torch's order, stacked along the rows of every weight and bias:
     GRU   r z n      h' = (1 - s(z)) tanh(n_x + s(r) n_h) + s(z) h         n_x and n_h with a bias each
     RNN              h' = tanh or relu
 
-So a unit of LSTM or GRU starts from zero and changes sign with its row of g, or of n; the other gates must agree. A
-state that is no plain `torch.zeros` may tell units apart, and makes a barrier.
+So a unit of LSTM or GRU starts from zero and changes sign with its row of g, or of n; the other gates must agree.
+A state that is no plain `torch.zeros` may tell units apart, and makes a barrier.
 """
 
 from __future__ import annotations
