@@ -6,7 +6,6 @@ bounded a local threshold grows as long as the measured change of the output all
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +26,7 @@ from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
 from ep_prune.spaces import spaces
-from ep_prune.trace import as_arguments, prepare, random_state_kept, run, trace
+from ep_prune.trace import as_arguments, copy_of, prepare_and_run, random_state_kept, trace, unshare_
 from ep_prune.trial import (
     Axis,
     State,
@@ -48,6 +47,7 @@ from ep_prune.verification import (
     draw,
     plain,
     verify,
+    widened,
 )
 
 
@@ -105,13 +105,12 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes = prepare(model)
-        run(wide, example_inputs)
+        wide, notes, shares = prepare_and_run(model, example_inputs)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
         bar = tqdm(total=None, desc="reduce", disable=None if progress is None else not progress, leave=False)
         with bar:
-            state = _start(wide, example_inputs, given, tol, seed, boxes)
+            state = _start(wide, example_inputs, given, tol, seed, boxes, shares)
             before = cost(wide, example_inputs)
             state.frozen = protected(state.graph, protect)
             _freeze_unseen_readers(state, example_inputs)
@@ -135,6 +134,7 @@ def reduce(
                 ascent_steps=8 if verify_result else 0,
                 reach=verify_result,
                 domain=domain,
+                share=shares,
             )
             if verify_result:
                 checked.raise_if_different()
@@ -152,6 +152,7 @@ def reduce(
             domain="" if domain is None else described(boxes or []),
         )
         narrow = with_modes_of(model, state.model)
+        unshare_(narrow, model)
     return Result(narrow, plan, report, checked, state.frozen, boxes)
 
 
@@ -214,20 +215,24 @@ def _start(
     tol: float,
     seed: int,
     boxes: list[Box | None] | None,
+    shares: bool,
 ) -> State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     inside = [] if boxes is None else _inside(example_inputs, boxes, seed)
     if given is None and boxes is not None and tol > 0:
         promised = inside
     reference = []
-    double = copy.deepcopy(wide).double()
+    double = widened(wide, shares)
     for batch in [example_inputs, *inside, *(promised if tol > 0 else [])]:
         inputs = as_double(batch)
         reference.append((inputs, outputs_of(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
     graph = trace(wide, example_inputs)
-    return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
+    probes_given = given is not None
+    return State(
+        wide, graph, reference, limit, probes_given, promised, example=example_inputs, boxes=boxes, shares=shares
+    )
 
 
 def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -243,7 +248,7 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
 
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
-    state.frozen |= read_in_training(state.model, state.graph, example_inputs)
+    state.frozen |= read_in_training(state.model, state.graph, example_inputs, state.shares)
 
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
@@ -338,10 +343,10 @@ def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: fl
         step = to_round(chosen)
         kept = int(chosen.kept.sum())
         if kept not in measured:  # a higher threshold that takes no more than the last one needs no new trial
-            narrow = copy.deepcopy(state.model)
+            narrow = copy_of(state.model, state.shares)
             apply_round_(narrow, step)
             try:
-                measured[kept] = difference(narrow, state.reference) <= state.limit
+                measured[kept] = difference(narrow, state.reference, state.shares) <= state.limit
             except InputError:  # a size in the code: the exact trial below finds and names it
                 measured[kept] = True
         return (chosen, step) if measured[kept] else None
