@@ -162,12 +162,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="of the example")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT, help="of the peak over the weights")
-    parser.add_argument("--quick", action="store_true", help="about an eighth of the size: 12 layers of 384")
+    parser.add_argument("--quick", action="store_true", help="about an eighth of the size: 12 layers of 512, 12,565 tokens")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.layers, options.width = 12, 384
+        options.layers, options.width, options.vocabulary = 12, 512, 12565
     return options
 
 
