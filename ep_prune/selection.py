@@ -24,6 +24,7 @@ from torch import Tensor
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
+from ep_prune.heads import NEEDED, close_heads
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Groups
 
@@ -35,6 +36,7 @@ STAYED = (
     "kept for equal parts",
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
+    NEEDED,
 )
 
 
@@ -109,6 +111,7 @@ def close(chosen: Selection) -> None:
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
             elif isinstance(constraint, EqualCounts):
                 _even_sections(chosen, [roots[section] for section in constraint.sections])
+        close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
         if int(chosen.kept.sum()) == before:
             return
 

@@ -94,8 +94,20 @@ def regroup(
         mean = deviation = torch.empty(0)
     result = torch.arange(count).reshape(channel_shape)
     if sum(size > 1 for size in channel_shape) > 1:
-        _keep_rectangular(n, slots.reshape(channel_shape))
+        grid = slots.reshape(channel_shape)
+        if in_order(x, own[:, 0]):
+            n.slots.grids.append(grid.squeeze())
+        else:
+            n.slots.keep_rectangular(grid)
     return n.record(Channels(tuple(labels.shape), result, moved, slots, edges, mean, deviation))
+
+
+def in_order(x: Channels, picked: Tensor) -> bool:
+    """Whether the rows `picked` stand in the order in which they stand in `x`."""
+    place = torch.empty(len(x.rows), dtype=torch.int64)
+    place[x.labels.reshape(-1)] = torch.arange(x.labels.numel())
+    order = place[picked]
+    return bool((order[1:] > order[:-1]).all())
 
 
 def _fold(codes: Tensor) -> Tensor:
@@ -125,15 +137,6 @@ def _placed(n: Numbering, x: Channels, own: Tensor, seat: Tensor) -> tuple[Rows,
     slots = x.slots[source[first]]
     n.slots.unify(slots[into], x.slots[source])
     return rows, slots, (Edge(x, into, source),)
-
-
-def _keep_rectangular(n: Numbering, slots: Tensor) -> None:
-    """Channels on several axes must stay a full grid: what goes, goes along the longest of the axes that carry
-    different slots, at once."""
-    carries = [slots.shape[a] > 1 and bool((slots != slots.narrow(a, 0, 1)).any()) for a in range(slots.ndim)]
-    cut = max(range(slots.ndim), key=lambda a: (carries[a], slots.shape[a]))
-    lead = slots.movedim(cut, 0).reshape(slots.shape[cut], -1)
-    n.slots.unify(lead, lead[:, :1])
 
 
 def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...]) -> Channels:
