@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ep_prune.embedding import Heads
+from ep_prune.numbering import Numbering
 from ep_prune.slots import Blends, Constraint, Grid, Scores, Whole
 
 Keep = Callable[[Tensor, str], None]
@@ -103,3 +105,40 @@ def _even_grid(grid: Tensor, kept: Tensor, keep: Keep) -> None:
         short = torch.where(count > 0, count.max() - count, 0).unsqueeze(1)
         extra = ~there & ((~there).long().cumsum(1) <= short)
         keep(blocks[extra][:, 0], EVEN)
+
+
+def heads_of(n: Numbering, roots: Tensor, kept: Tensor) -> tuple[Heads, ...]:
+    """What a selection makes of every attention that it narrows."""
+    found = []
+    for constraint in n.slots.constraints:
+        if not isinstance(constraint, Scores):
+            continue
+        query, key = roots[constraint.query], roots[constraint.key]
+        active = kept[query].any(1)
+        sizes = query.shape[1], int(kept[query].sum(1).max())
+        shared = tuple(len(torch.unique(key[rows, 0])) for rows in (torch.ones_like(active), active))
+        if bool(active.all()) and sizes[0] == sizes[1]:
+            continue
+        heads = len(active), int(active.sum())
+        found.append(Heads(constraint.layer, heads, (shared[0], shared[1]), sizes, _writers(n, roots, kept, query)))
+    return tuple(found)
+
+
+def _writers(n: Numbering, roots: Tensor, kept: Tensor, query: Tensor) -> tuple[tuple[str, int, Tensor], ...]:
+    """The weights' and biases' axes that write the queries, and where on them the kept ones will stand."""
+    mine = torch.zeros(len(kept), dtype=torch.bool)
+    mine[query] = True
+    axes: dict[tuple[str, int], None] = {}
+    for port in n.ports:
+        if port.groups == 1:
+            axes[(port.name, int(port.op.layout.inputs_first))] = None
+        if port.op.bias is not None:
+            axes[(str(port.op.bias.tensor), 0)] = None
+    found = []
+    for name, axis in axes:
+        if (name, axis) in n.slots.bound:
+            own = roots[n.slots.bound[(name, axis)]]
+            places = mine[own[kept[own]]].nonzero().squeeze(1)
+            if len(places):
+                found.append((name, axis, places))
+    return tuple(found)

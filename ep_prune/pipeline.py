@@ -274,8 +274,8 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         if not isinstance(outcome, str):
             records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
             records.left[axis] = found.left
-            state.model, state.graph = outcome
-            state.rounds.append(found.step)
+            state.model, state.graph, step = outcome
+            state.rounds.append(step)
             return True
         state.frozen[axis] = f"rolled back: {outcome}"
 
@@ -289,7 +289,7 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
     records.add(chosen, state.frozen)
     if isinstance(outcome, str):
         return False
-    state.model, state.graph = outcome
+    state.model, state.graph, step = outcome
     state.rounds.append(step)
     return True
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Mix, Refit, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Heads, Mix, Refit, Round, Scale
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
 from ep_prune.rewrite import apply_round_
@@ -125,10 +125,12 @@ class Plan:
                     }
                     for refit in step.refits
                 ],
+                "heads": [[h.layer, h.heads, h.shared, h.size] for h in step.heads],
+                "scales": [[s.tensor, s.axis, keep(s.places), s.factor] for s in step.scales],
             }
             for step in self.rounds
         ]
-        header = {"version": 3, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        header = {"version": 4, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
         return tensors, json.dumps(header)
@@ -137,8 +139,8 @@ class Plan:
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") not in (2, 3):
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 and 3")
+        if data.get("version") not in (2, 3, 4):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 4")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -173,6 +175,8 @@ class Plan:
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
                 tuple(mix(item) for item in step.get("mixes", ())),
                 tuple(refit(item) for item in step.get("refits", ())),
+                tuple(Heads(layer, *map(tuple, sizes)) for layer, *sizes in step.get("heads", ())),
+                tuple(Scale(name, axis, tensors[key], by) for name, axis, key, by in step.get("scales", ())),
             )
             for step in data["rounds"]
         )

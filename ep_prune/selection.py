@@ -24,7 +24,7 @@ from torch import Tensor
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
-from ep_prune.heads import NEEDED, close_heads
+from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Groups
 
@@ -238,4 +238,4 @@ def to_round(chosen: Selection) -> Round:
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
             cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-    return Round(tuple(folds), tuple(cuts))
+    return Round(tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept))

@@ -72,7 +72,7 @@ class Scores:
     query: Tensor
     key: Tensor
     needed: Tensor
-    where: str = ""
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class Blends:
     score: Tensor
     value: Tensor
     out: Tensor
-    where: str = ""
 
 
 Constraint = EqualCounts | Groups | Standardized | Grid | Whole | Scores | Blends

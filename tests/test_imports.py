@@ -27,6 +27,7 @@ LAYERS = (
     "numbering",
     "embedding",
     "demand",
+    "heads",
     "nearest",
     "selection",
     "rewrite",

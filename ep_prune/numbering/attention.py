@@ -23,7 +23,7 @@ from ep_prune.find import Freedom, Sparse
 from ep_prune.graph import Attention, Matmul, Node, Softmax
 from ep_prune.numbering.align import align
 from ep_prune.numbering.elementwise import _factors, _position_shape, identity_edge, transfer
-from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
+from ep_prune.numbering.state import Numbering, Refused, Unknown, Value
 from ep_prune.slots import Blends, Scores
 
 
@@ -133,6 +133,8 @@ def _lead(node: Node, x: Channels, y: Channels, rank: int) -> list[int]:
 
 def _scores(n: Numbering, node: Node, query: Channels, key: Channels) -> Channels:
     """(..., H, 1, 1): the rows of the heads' scores. Labels of both operands end in (1, d)."""
+    if min(len(query.shape), len(key.shape)) < 3:
+        raise Refused("scores of a single sample, without a batch")
     q, k, rank = _heads(query, key)
     if q.ndim != 2 or q.shape != k.shape:
         raise Refused("queries and keys whose channels do not match")
@@ -151,7 +153,7 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels) -> Channel
     needed = coef != 0
     head = torch.arange(heads).unsqueeze(1).expand(heads, size)[needed]
     slots = n.slots.fresh(heads)
-    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, node.where))
+    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, node.layer))
     labels = torch.arange(heads).reshape([*_lead(node, query, key, rank), 1, 1])
     edges = (Edge(_taped(n, query), head, q[needed]), Edge(_taped(n, key), head, k[needed]))
     return n.record(Channels(node.shape or (), labels, rows, slots, edges))
@@ -179,14 +181,8 @@ def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Chan
         rows = rows.scaled(scale[head])
     # w and v are labels: row r of the result is head r // size.
     slots = n.slots.fresh(heads * size)
-    n.slots.constraints.append(
-        Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size), node.where)
-    )
+    n.slots.constraints.append(Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size)))
     out = torch.arange(heads * size)
     labels = out.reshape([*_lead(node, weights, value, rank), 1, size])
     edges = (Edge(_taped(n, value), out, own), Edge(_taped(n, weights), out, head))
     return n.record(Channels(node.shape or (), labels, rows, slots, edges))
-
-
-__all__: list[str] = []
-_ = Known

@@ -291,7 +291,9 @@ def _choice(op: Choice, node: Node, n: Numbering) -> Value:
     # Two numbers make a tensor of the default type: they are what that type makes of them.
     rounded = [side if isinstance(side, Node) else torch.tensor(side, dtype=node.dtype) for side in (op.x, op.y)]
     values = [n.values[side] if isinstance(side, Node) else float(side) for side in rounded]
-    if not isinstance(condition, Channels) or not all(isinstance(v, Channels | Known | float) for v in values):
+    if not isinstance(condition, Channels):
+        return _choice_by_position(op, node, n, condition, values)
+    if not all(isinstance(v, Channels | Known | float) for v in values):
         raise Refused("a choice that involves unknown channels")
     (test, x, labels, slots, edges), (_, y, same, tied, more) = (
         align(n, [condition, value], node) for value in values
@@ -313,6 +315,28 @@ def _choice(op: Choice, node: Node, n: Numbering) -> Value:
     decided = _choose(test.rows.offset != 0, x.rows, y.rows)
     rows = _choose(test.rows.is_constant(), decided, rows)
     return n.record(Channels(node.shape or (), labels, rows, slots, (*edges, *more)))
+
+
+def _choice_by_position(op: Choice, node: Node, n: Numbering, condition: Value, values: list[Value | float]) -> Value:
+    """A mask that is the same for all channels, and a number for what it hides: equal rows stay equal."""
+    channels = [value for value in values if isinstance(value, Channels)]
+    numbers = [value for value in values if isinstance(value, float)]
+    scalar = [v for v in values if isinstance(v, Known) and v.value.numel() == 1]
+    if len(channels) != 1 or len(numbers) + len(scalar) != 1 or not isinstance(condition, Known | Unknown):
+        raise Refused("a choice that involves unknown channels")
+    (x,) = channels
+    fill = numbers[0] if numbers else float(scalar[0].value)
+    if isinstance(condition, Known):
+        n.sink(condition, f"the mask of {node.where}")
+        code, shape = number(str(condition.value.tolist())), tuple(condition.value.shape)
+    else:
+        code, shape = condition.number, condition.shape
+    lined = (1,) * (len(x.shape) - len(shape)) + shape
+    if len(lined) > len(x.shape) or any(lined[axis] != 1 for axis in x.axes()) or node.shape != x.shape:
+        raise Refused("a mask that differs between channels")
+    hidden = next(k for k, value in enumerate(values) if value is not x)
+    signature = f"{fill} where {code} is {hidden == 0} at {_position_shape(x)}"
+    return _new_atoms(n, x, signature, Freedom.NONE, x.rows.with_offset_as_atom(), torch.ones_like, 0.0, lambda z: z)
 
 
 def _without_channels(name: str, values: list[Value | float], node: Node, n: Numbering) -> Value | None:
