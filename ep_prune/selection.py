@@ -100,18 +100,20 @@ def close(chosen: Selection) -> None:
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
         before = int(chosen.kept.sum())
-        for bound in slots.bound.values():
-            if not bool(chosen.kept[roots[bound]].any()):
-                chosen.keep(roots[bound[:1]], "last of its layer")
-        for demand in chosen.demands.values():
-            if not bool(chosen.kept[demand.roots].any()):
-                chosen.keep(demand.roots[:1], "last of its layer")
         for constraint in slots.constraints:
             if isinstance(constraint, Groups):
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
             elif isinstance(constraint, EqualCounts):
                 _even_sections(chosen, [roots[section] for section in constraint.sections])
         close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
+        if int(chosen.kept.sum()) > before:
+            continue
+        for bound in slots.bound.values():  # last: a head that stays brings its channels along
+            if not bool(chosen.kept[roots[bound]].any()):
+                chosen.keep(roots[bound[:1]], "last of its layer")
+        for demand in chosen.demands.values():
+            if not bool(chosen.kept[demand.roots].any()):
+                chosen.keep(demand.roots[:1], "last of its layer")
         if int(chosen.kept.sum()) == before:
             return
 

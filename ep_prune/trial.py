@@ -174,8 +174,16 @@ def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Mo
         graph = trace(narrow, example_inputs)
     except EpPruneError as error:
         return f"the narrow model does not export ({error})"
-    calls, before = ([n.op for n in g.nodes if n.target is not None] for g in (graph, state.graph))
+    calls, before = ([n.op for n in _calls(g)] for g in (graph, state.graph))
     return (narrow, graph, step) if calls == before else "the narrow model would run other operators"
+
+
+def _calls(graph: Graph) -> list[Node]:
+    """The operators that compute or choose; how memory is laid out may follow the widths (an axis of size 1)."""
+    return [n for n in graph.nodes if n.target is not None and n.op not in _LAYOUT]
+
+
+_LAYOUT = ("aten.clone", "aten.contiguous", "aten.view", "aten._unsafe_view", "aten.reshape")
 
 
 def with_scales(state: State, step: Round, example_inputs: Any) -> Round:
@@ -189,7 +197,7 @@ def with_scales(state: State, step: Round, example_inputs: Any) -> Round:
         graph = trace(narrow, example_inputs)
     except EpPruneError:
         return step
-    calls, before = ([n for n in g.nodes if n.target is not None] for g in (graph, state.graph))
+    calls, before = (_calls(g) for g in (graph, state.graph))
     if [n.op for n in calls] != [n.op for n in before]:
         return step
     change: dict[str, float] = {}

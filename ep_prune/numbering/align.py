@@ -79,7 +79,11 @@ def regroup(
     seat = places.permute(*axes, *rest).reshape(count, -1)
     width = own.shape[1]
     here = torch.arange(width)
-    if bool((own == own[:, :1]).all()):
+    single = bool((own == own[:, :1]).all())
+    if single and id(x) in n.gathers:  # one rearrangement after another is one (keys repeated for several heads)
+        x, source, seats = n.gathers[id(x)]
+        seat, own = seats[own[:, :1], seat], source[own]
+    if single:
         rows, slots = x.rows[own[:, 0]], x.slots[own[:, 0]]
         signature = mix(number("places"), width, _fold(mix(seat, here)))
         moved = rows.mapped(signature)
@@ -97,19 +101,24 @@ def regroup(
     result = torch.arange(count).reshape(channel_shape)
     if sum(size > 1 for size in channel_shape) > 1:
         grid = slots.reshape(channel_shape)
-        if in_order(x, own[:, 0]):
+        if in_order(x, own[:, 0].reshape([size for size in channel_shape if size > 1])):
             n.slots.grids.append(grid.squeeze())
         else:
             n.slots.keep_rectangular(grid)
-    return n.record(Channels(tuple(labels.shape), result, moved, slots, edges, mean, deviation))
+    made = n.record(Channels(tuple(labels.shape), result, moved, slots, edges, mean, deviation))
+    if single and moved is not rows:
+        n.gathers[id(made)] = x, own[:, 0], seat
+    return made
 
 
 def in_order(x: Channels, picked: Tensor) -> bool:
-    """Whether the rows `picked` stand in the order in which they stand in `x`."""
+    """Whether the rows `picked` (n_1, ..., n_m) stand in the order in which they stand in `x`, whole parts
+    repeated at most."""
     place = torch.empty(len(x.rows), dtype=torch.int64)
     place[x.labels.reshape(-1)] = torch.arange(x.labels.numel())
-    order = place[picked]
-    return bool((order[1:] > order[:-1]).all())
+    order = place[picked].flatten(0, -2)
+    parts = (order[1:, 0] > order[:-1, -1]) | (order[1:] == order[:-1]).all(1)
+    return bool((order[:, 1:] > order[:, :-1]).all() and parts.all())
 
 
 def _fold(codes: Tensor) -> Tensor:
@@ -240,8 +249,7 @@ def align(
         inner = [a for a in other.axes() if a in within.axes()]
         outer = [a for a in other.axes() if a not in inner]
         grid = other.slots[other.labels].permute(*outer, *inner, *(a for a in range(len(shape)) if a not in other.axes()))
-        count = math.prod(other.labels.shape[a] for a in inner)
-        n.slots.constraints.append(Whole(grid.reshape(-1, count)))
+        n.slots.constraints.append(Whole(grid.reshape(-1, math.prod(other.labels.shape[a] for a in inner))))
     slots: Tensor | None = None
     for side, pick, own in zip(sides, picks, partial, strict=True):
         if axes and not own:
