@@ -302,10 +302,11 @@ class Item(Operation):
 
 @dataclass(frozen=True)
 class Matmul(Operation):
-    """x @ y over the last axis of x and the last but one of y."""
+    """x @ y over the last axis of x and the last but one of y, or the last one where `transposed`."""
 
     x: Node
     y: Node
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -223,10 +223,8 @@ def align(
     for value in values:
         if isinstance(value, float):
             value = Known(torch.tensor(value, dtype=torch.float64))
-        if isinstance(value, Known) and not bool(value.value.isfinite().all()):  # a mask
-            n.sink(value, f"infinite values in {node.where}")
-            code = number(f"infinite {value.value.tolist()}")
-            value = Unknown(code, tuple(value.value.shape), f"infinite values in {node.where}")
+        if isinstance(value, Known) and not bool((value.value.double().abs() < HUGE).all()):
+            value = _mask(n, value, node)
         if isinstance(value, Unknown):
             value = _ranked_unknown(n, value, like, len(shape))
         if isinstance(value, Known):
@@ -269,6 +267,16 @@ def align(
         for side, pick in zip(sides, picks, strict=True)
     )  # fmt: skip
     return x, y, out.reshape(full), slots, edges
+
+
+HUGE = 1e30
+"""Numbers above it are not calculated with: what a mask hides."""
+
+
+def _mask(n: Numbering, value: Known, node: Node) -> Unknown:
+    n.sink(value, f"a mask in {node.where}")
+    code = number(f"mask {value.value.double().tolist()}")
+    return Unknown(code, tuple(value.value.shape), f"a mask in {node.where}")
 
 
 def _fixed_within(value: Value | float, own: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -31,9 +31,11 @@ from ep_prune.slots import Blends, Scores
 def _matmul(op: Matmul, node: Node, n: Numbering) -> Value:
     x, y = n.values[op.x], n.values[op.y]
     if isinstance(x, Unknown) and isinstance(y, Unknown):
-        return Unknown(int(mix(number("product of two"), x.number, y.number)), node.shape or (), node.where)
+        return Unknown(int(mix(number(f"product of two {op.transposed}"), x.number, y.number)), node.shape or (), node.where)
     if not (isinstance(x, Channels) and isinstance(y, Channels)):
         raise Refused("a product with unknown channels")
+    if op.transposed:
+        y = _swapped(y)
     rows, columns = len(x.shape) - 2, len(y.shape) - 2
     along = [axis in side.axes() for side, axis in ((x, rows), (x, rows + 1), (y, columns), (y, columns + 1))]
     if along == [False, True, True, False]:

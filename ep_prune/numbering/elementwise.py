@@ -291,52 +291,40 @@ def _choice(op: Choice, node: Node, n: Numbering) -> Value:
     # Two numbers make a tensor of the default type: they are what that type makes of them.
     rounded = [side if isinstance(side, Node) else torch.tensor(side, dtype=node.dtype) for side in (op.x, op.y)]
     values = [n.values[side] if isinstance(side, Node) else float(side) for side in rounded]
-    if not isinstance(condition, Channels):
-        return _choice_by_position(op, node, n, condition, values)
-    if not all(isinstance(v, Channels | Known | float) for v in values):
-        raise Refused("a choice that involves unknown channels")
-    (test, x, labels, slots, edges), (_, y, same, tied, more) = (
-        align(n, [condition, value], node) for value in values
-    )
-    if not torch.equal(same, labels):
-        raise Refused("branches whose channels lie along different axes")
-    n.slots.unify(slots, tied)
-    sides = [side.rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, side in enumerate((x, y))]
-    pair = sides[0].plus(sides[1])
-    question, _ = _factors(n, test.rows)
-    some = (~pair.is_constant()).nonzero().squeeze(1)
-    atoms = torch.zeros(len(pair), 1, dtype=torch.int64)
-    coef = torch.zeros(len(pair), 1, dtype=torch.float64)
-    error = pair.error.clone()
-    if len(some):
-        found = n.intern(f"choice at {node.shape}", Sparse(pair[some], False), Freedom.SCALE, question[some])
-        atoms[some, 0], coef[some, 0], error[some] = found
-    rows = Rows(atoms, coef, torch.zeros(len(pair), dtype=torch.float64), error)
-    decided = _choose(test.rows.offset != 0, x.rows, y.rows)
-    rows = _choose(test.rows.is_constant(), decided, rows)
-    return n.record(Channels(node.shape or (), labels, rows, slots, (*edges, *more)))
-
-
-def _choice_by_position(op: Choice, node: Node, n: Numbering, condition: Value, values: list[Value | float]) -> Value:
-    """A mask that is the same for all channels, and a number for what it hides: equal rows stay equal."""
-    channels = [value for value in values if isinstance(value, Channels)]
-    numbers = [value for value in values if isinstance(value, float)]
-    scalar = [v for v in values if isinstance(v, Known) and v.value.numel() == 1]
-    if len(channels) != 1 or len(numbers) + len(scalar) != 1 or not isinstance(condition, Known | Unknown):
-        raise Refused("a choice that involves unknown channels")
-    (x,) = channels
-    fill = numbers[0] if numbers else float(scalar[0].value)
-    if isinstance(condition, Known):
-        n.sink(condition, f"the mask of {node.where}")
-        code, shape = number(str(condition.value.tolist())), tuple(condition.value.shape)
+    if any(isinstance(value, Channels) for value in values):
+        x, y, labels, slots, edges = align(n, values, node)
+        pair = n.record(Channels(node.shape or (), labels, _both(x.rows, y.rows), slots, edges))
+        both, test, labels, slots, edges = align(n, [pair, condition], node)
+        picked = edges[0].into
+        first, second, joined = x.rows[picked], y.rows[picked], both.rows
+    elif isinstance(condition, Channels):
+        (test, x, labels, slots, edges), (_, y, _, tied, more) = (
+            align(n, [condition, value], node) for value in values
+        )
+        n.slots.unify(slots, tied)
+        first, second, joined, edges = x.rows, y.rows, _both(x.rows, y.rows), (*edges, *more)
     else:
-        code, shape = condition.number, condition.shape
-    lined = (1,) * (len(x.shape) - len(shape)) + shape
-    if len(lined) > len(x.shape) or any(lined[axis] != 1 for axis in x.axes()) or node.shape != x.shape:
-        raise Refused("a mask that differs between channels")
-    hidden = next(k for k, value in enumerate(values) if value is not x)
-    signature = f"{fill} where {code} is {hidden == 0} at {_position_shape(x)}"
-    return _new_atoms(n, x, signature, Freedom.NONE, x.rows.with_offset_as_atom(), torch.ones_like, 0.0, lambda z: z)
+        combined = _without_channels("choice", [condition, *values], node, n)
+        assert combined is not None
+        return combined
+    question, _ = _factors(n, test.rows)
+    some = (~joined.is_constant()).nonzero().squeeze(1)
+    atoms = torch.zeros(len(joined), 1, dtype=torch.int64)
+    coef = torch.zeros(len(joined), 1, dtype=torch.float64)
+    error = joined.error.clone()
+    if len(some):
+        found = n.intern(f"choice at {node.shape}", Sparse(joined[some], False), Freedom.SCALE, question[some])
+        atoms[some, 0], coef[some, 0], error[some] = found
+    rows = Rows(atoms, coef, torch.zeros(len(joined), dtype=torch.float64), error)
+    decided = _choose(test.rows.offset != 0, first, second)
+    rows = _choose(test.rows.is_constant(), decided, rows)
+    return n.record(Channels(node.shape or (), labels, rows, slots, edges))
+
+
+def _both(x: Rows, y: Rows) -> Rows:
+    """(x, y) as one row."""
+    sides = [rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, rows in enumerate((x, y))]
+    return sides[0].plus(sides[1])
 
 
 def _without_channels(name: str, values: list[Value | float], node: Node, n: Numbering) -> Value | None:
@@ -351,7 +339,7 @@ def _without_channels(name: str, values: list[Value | float], node: Node, n: Num
                 n.sink(value, f"goes through {node.where}")
         assert node.target is not None
         plain = [value.value if isinstance(value, Known) else value for value in values]
-        return Known(node.target(*plain, *node.args[2:], **node.kwargs))
+        return Known(node.target(*plain, *node.args[len(values) :], **node.kwargs))
     parts = []
     for value in values:
         if isinstance(value, Known):

@@ -15,6 +15,21 @@ def batched_product(node: Node, tensors: Tensors) -> Operation:
     return Matmul(*node.args)
 
 
+@rule("aten.einsum")
+def einsum(node: Node, tensors: Tensors) -> Operation:
+    """...ik, ...jk -> ...ij and ...ik, ...kj -> ...ij."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    sides, _, result = equation.partition("->")
+    if sides.count(",") == 1 and "." not in sides and all(part.tensor is None for part in operands):
+        x, y = sides.split(",")
+        if x[:-2] == y[:-2] == result[:-2] and len({*x}) == len(x) and x[-2] == result[-2]:
+            if x[-1] == y[-1] and y[-2] == result[-1]:
+                return Matmul(*operands, transposed=True)
+            if x[-1] == y[-2] and y[-1] == result[-1]:
+                return Matmul(*operands)
+    return Barrier("a sum over indices that is neither attention's scores nor its means")
+
+
 @rule("aten.softmax.int", "aten._softmax", "aten._safe_softmax")
 def softmax(node: Node, tensors: Tensors) -> Operation:
     call = arguments(node)
