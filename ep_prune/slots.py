@@ -117,6 +117,15 @@ class Slots:
     def pin(self, slots: Tensor, reason: str) -> None:
         self._pins.append((slots.reshape(-1), reason))
 
+    def pin_heads(self) -> None:
+        """Keep all channels that attention divides into heads, for those who do not know how to."""
+        for constraint in self.constraints:
+            if isinstance(constraint, Scores | Blends):
+                for part in _members(constraint):
+                    self.pin(part, "divided into attention heads")
+            elif isinstance(constraint, Grid | Whole):
+                self.pin(constraint.slots, "divided into attention heads")
+
     def settle_grids(self) -> None:
         """Channels on several axes of a tensor: where attention reads them, each head by itself keeps equally
         many; elsewhere a full grid stays, and what goes, goes along the longest axis at once."""
