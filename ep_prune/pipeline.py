@@ -20,6 +20,7 @@ from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
+from ep_prune.head_mixing import head_mixtures
 from ep_prune.mixing import mixtures
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
@@ -255,8 +256,32 @@ def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any
             chosen = select(numbering, frozen_slots(numbering, state.frozen))
             if not _settle(state, records, chosen, to_round(chosen), example_inputs):
                 break
+        if _head_mixing_round(state, records, example_inputs):
+            continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
+    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
+    records.folded |= {mixture.layer for mixture in found}
+    everything = Round(
+        folds=tuple(fold for mixture in found for fold in mixture.step.folds),
+        mixes=tuple(mix for mixture in found for mix in mixture.step.mixes),
+    )
+    together = attempt_round(state, everything, example_inputs) if found else ""
+    taken = False
+    for mixture in found if isinstance(together, str) else found[:1]:
+        outcome = together if not isinstance(together, str) else attempt_round(state, mixture.step, example_inputs)
+        if isinstance(outcome, str):
+            continue
+        state.model, state.graph, step = outcome
+        state.rounds.append(step)
+        taken = True
+        for done in [mixture] if isinstance(together, str) else found:
+            records.left |= done.left
+    return taken
 
 
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
@@ -302,6 +327,8 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
+    folded: set[str] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
 

@@ -73,6 +73,7 @@ class Scores:
     key: Tensor
     needed: Tensor
     layer: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Blends:
     score: Tensor
     value: Tensor
     out: Tensor
+    node: str = ""
 
 
 Constraint = EqualCounts | Groups | Standardized | Grid | Whole | Scores | Blends

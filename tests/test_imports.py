@@ -33,6 +33,7 @@ LAYERS = (
     "rewrite",
     "spaces",
     "mixing",
+    "head_mixing",
     "verification",
     "plan",
     "trial",

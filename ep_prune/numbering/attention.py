@@ -155,7 +155,7 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels) -> Channel
     needed = coef != 0
     head = torch.arange(heads).unsqueeze(1).expand(heads, size)[needed]
     slots = n.slots.fresh(heads)
-    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, node.layer))
+    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, node.layer, node.name))
     labels = torch.arange(heads).reshape([*_lead(node, query, key, rank), 1, 1])
     edges = (Edge(_taped(n, query), head, q[needed]), Edge(_taped(n, key), head, k[needed]))
     return n.record(Channels(node.shape or (), labels, rows, slots, edges))
@@ -183,7 +183,7 @@ def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Chan
         rows = rows.scaled(scale[head])
     # w and v are labels: row r of the result is head r // size.
     slots = n.slots.fresh(heads * size)
-    n.slots.constraints.append(Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size)))
+    n.slots.constraints.append(Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size), node.name))
     out = torch.arange(heads * size)
     labels = out.reshape([*_lead(node, weights, value, rank), 1, size])
     edges = (Edge(_taped(n, value), out, own), Edge(_taped(n, weights), out, head))
