@@ -22,6 +22,7 @@ from ep_prune.errors import InputError
 from ep_prune.graph import Graph
 from ep_prune.head_mixing import head_mixtures
 from ep_prune.mixing import mixtures
+from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
@@ -79,6 +80,7 @@ def reduce(
     verify_result: bool = True,
     progress: bool | None = None,
     domain: Any = None,
+    replace_modules: bool = False,
 ) -> Result:
     """The narrowest equivalent of a trained model that the algebra finds, verified.
 
@@ -97,6 +99,8 @@ def reduce(
         domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
             list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
             are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
+        replace_modules: exchange modules that cannot hold fewer heads (`nn.MultiheadAttention`) for ones that can
+            (`ep_prune.modules.HeadAttention`); the report names them. Without it they are kept, and named.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
@@ -106,7 +110,7 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes = prepare(model)
+        wide, notes = prepare(model, replace_modules)
         run(wide, example_inputs)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
@@ -114,7 +118,7 @@ def reduce(
         with bar:
             state = _start(wide, example_inputs, given, tol, seed, boxes)
             before = cost(wide, example_inputs)
-            state.frozen = protected(state.graph, protect)
+            state.frozen = protected(state.graph, protect) | _held_by_their_class(state)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -123,7 +127,8 @@ def reduce(
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
             stated = None if domain is None else plain(domain)
-            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes), stated)
+            own = fingerprint(wide.state_dict())
+            plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
             checked = verify(
                 wide,
                 state.model,
@@ -240,6 +245,15 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
         for name in own:
             frozen |= {(name, axis): "protected" for axis in (-1, *range(graph.tensors[name].ndim))}
     return frozen
+
+
+def _held_by_their_class(state: State) -> dict[Axis, str]:
+    """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
+    reason = "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    return {
+        (f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(state.model) for name in names
+    }
 
 
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:

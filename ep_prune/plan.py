@@ -32,6 +32,8 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     domain: Any = None
     """The box (lo, hi) of inputs on which the narrow model is the same, as nested lists; None: everywhere."""
+    replace_modules: bool = False
+    """Whether modules that cannot hold the new sizes were exchanged first."""
 
     @property
     def fitted(self) -> bool:
@@ -45,7 +47,7 @@ class Plan:
         is compared with the wide model instead. Raises `PlanError` where the weights differ and there are none, or
         the plan is of grade fitted, `VerificationError` where the outcome differs.
         """
-        wide, _ = prepare(model)
+        wide, _ = prepare(model, self.replace_modules)
         own = fingerprint(wide.state_dict()) == self.fingerprint
         if not own and self.fitted:
             raise PlanError("the plan holds weights that were fitted for others than these: compress this model")
@@ -133,6 +135,8 @@ class Plan:
         header = {"version": 4, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
+        if self.replace_modules:
+            header["replace_modules"] = True
         return tensors, json.dumps(header)
 
     @staticmethod
@@ -180,7 +184,8 @@ class Plan:
             )
             for step in data["rounds"]
         )
-        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"))
+        exchanged = bool(data.get("replace_modules"))
+        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"), exchanged)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

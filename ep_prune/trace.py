@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
+from ep_prune.modules import replace_
 from ep_prune.rules import REGISTRY
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -49,10 +50,10 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
+def prepare(model: nn.Module, replace_modules: bool = False) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
-    Returns the copy and notes on what was unwrapped or baked. Raises `InputError` for what cannot be
+    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises `InputError` for what cannot be
     handled, naming the layer and what to do.
     """
     notes: list[str] = []
@@ -83,6 +84,8 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
     if baked:
         _check_tensors(working)  # weight norm makes NaN of a row of zeros
     notes += baked
+    if replace_modules:
+        notes += replace_(working)
     return working.eval(), notes
 
 
