@@ -15,6 +15,9 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Pad        zeros or a constant around space or channels
     Move       data movement; acts on channel labels exactly as on data
     Split      Move into several tensors, whose sizes stand in the user's code
+    Matmul     of two computed tensors: attention's scores, and the mean of the values by them
+    Softmax    over an axis of positions
+    Attention  both at once, with the softmax between them (scaled_dot_product_attention)
     Barrier    anything else: inputs stay as they are, outputs are unknown
 
 A kind never guesses: whatever a rule is not sure about is a `Barrier` with its reason.
@@ -295,6 +298,36 @@ class Item(Operation):
 
     x: Node
     index: int
+
+
+@dataclass(frozen=True)
+class Matmul(Operation):
+    """x @ y over the last axis of x and the last but one of y, or the last one where `transposed`."""
+
+    x: Node
+    y: Node
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Softmax(Operation):
+    """exp(x) over its sum along `axis`: what is the same all along the axis cancels."""
+
+    x: Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """softmax(scale * query @ key' + mask) @ value, over the last two axes; heads stand on the axis before them."""
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    causal: bool
+    scale: float
+    grouped: bool
 
 
 @dataclass(frozen=True)

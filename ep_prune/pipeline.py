@@ -19,14 +19,17 @@ from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
+from ep_prune.head_mixing import head_mixtures
 from ep_prune.mixing import mixtures
+from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
+from ep_prune.sharing import copy_of, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
-from ep_prune.trace import as_arguments, copy_of, prepare_and_run, random_state_kept, trace, unshare_
+from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
     Axis,
     State,
@@ -78,6 +81,7 @@ def reduce(
     verify_result: bool = True,
     progress: bool | None = None,
     domain: Any = None,
+    replace_modules: bool = False,
 ) -> Result:
     """The narrowest equivalent of a trained model that the algebra finds, verified.
 
@@ -96,6 +100,8 @@ def reduce(
         domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
             list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
             are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
+        replace_modules: exchange modules that cannot hold fewer heads (`nn.MultiheadAttention`) for ones that can
+            (`ep_prune.modules.HeadAttention`); the report names them. Without it they are kept, and named.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
@@ -105,14 +111,14 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes, shares = prepare_and_run(model, example_inputs)
+        wide, notes, shares = prepare_and_run(model, example_inputs, replace_modules)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
         bar = tqdm(total=None, desc="reduce", disable=None if progress is None else not progress, leave=False)
         with bar:
             state = _start(wide, example_inputs, given, tol, seed, boxes, shares)
             before = cost(wide, example_inputs)
-            state.frozen = protected(state.graph, protect)
+            state.frozen = protected(state.graph, protect) | _held_by_their_class(state)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -121,7 +127,8 @@ def reduce(
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
             stated = None if domain is None else plain(domain)
-            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes), stated)
+            own = fingerprint(wide.state_dict())
+            plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
             checked = verify(
                 wide,
                 state.model,
@@ -246,6 +253,15 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     return frozen
 
 
+def _held_by_their_class(state: State) -> dict[Axis, str]:
+    """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
+    reason = "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    return {
+        (f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(state.model) for name in names
+    }
+
+
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
     state.frozen |= read_in_training(state.model, state.graph, example_inputs, state.shares)
@@ -260,8 +276,32 @@ def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any
             chosen = select(numbering, frozen_slots(numbering, state.frozen))
             if not _settle(state, records, chosen, to_round(chosen), example_inputs):
                 break
+        if _head_mixing_round(state, records, example_inputs):
+            continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
+    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
+    records.folded |= {mixture.layer for mixture in found}
+    everything = Round(
+        folds=tuple(fold for mixture in found for fold in mixture.step.folds),
+        mixes=tuple(mix for mixture in found for mix in mixture.step.mixes),
+    )
+    together = attempt_round(state, everything, example_inputs) if found else ""
+    taken = False
+    for mixture in found if isinstance(together, str) else found[:1]:
+        outcome = together if not isinstance(together, str) else attempt_round(state, mixture.step, example_inputs)
+        if isinstance(outcome, str):
+            continue
+        state.model, state.graph, step = outcome
+        state.rounds.append(step)
+        taken = True
+        for done in [mixture] if isinstance(together, str) else found:
+            records.left |= done.left
+    return taken
 
 
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
@@ -279,8 +319,8 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         if not isinstance(outcome, str):
             records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
             records.left[axis] = found.left
-            state.model, state.graph = outcome
-            state.rounds.append(found.step)
+            state.model, state.graph, step = outcome
+            state.rounds.append(step)
             return True
         state.frozen[axis] = f"rolled back: {outcome}"
 
@@ -294,7 +334,7 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
     records.add(chosen, state.frozen)
     if isinstance(outcome, str):
         return False
-    state.model, state.graph = outcome
+    state.model, state.graph, step = outcome
     state.rounds.append(step)
     return True
 
@@ -307,6 +347,8 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
+    folded: set[str] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
 

@@ -304,7 +304,8 @@ class Structure:
 
 
 def _join_depthwise(slots: Slots) -> None:
-    """A group of one input goes as a whole: its input and its outputs are one channel."""
+    """A group of one input goes as a whole: its input and its outputs are one channel. Heads stay."""
+    slots.pin_heads()
     for constraint in slots.constraints:
         if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
             slots.unify(constraint.inputs, constraint.outputs)

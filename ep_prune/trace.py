@@ -22,10 +22,10 @@ from torch._decomp import get_decompositions
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
+from ep_prune.modules import replace_
 from ep_prune.rules import REGISTRY
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -50,11 +50,14 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def prepare(model: nn.Module, share: bool = False) -> tuple[nn.Module, list[str]]:
+def prepare(
+    model: nn.Module, replace_modules: bool = False, share: bool = False
+) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
-    Returns the copy and notes on what was unwrapped or baked. Raises `InputError` for what cannot be
-    handled, naming the layer and what to do. share: the copy's parameters are in the memory of the model's.
+    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
+    `InputError` for what cannot be handled, naming the layer and what to do. share: the copy's parameters are in the
+    memory of the model's.
     """
     notes: list[str] = []
     if not isinstance(model, nn.Module):
@@ -77,13 +80,15 @@ def prepare(model: nn.Module, share: bool = False) -> tuple[nn.Module, list[str]
             raise InputError(f"layer {name!r} is quantized: reduce the float model before quantizing it")
     _check_tensors(model)
     try:
-        working = copy.deepcopy(model, _computed_attributes(model) | (_parameters(model) if share else {}))
+        working = copy.deepcopy(model, _computed_attributes(model) | (own_parameters(model) if share else {}))
     except Exception as error:
         raise InputError(f"the model cannot be copied ({error}): detach tensors kept as attributes") from error
     baked = _bake(working)
     if baked:
         _check_tensors(working)  # weight norm makes NaN of a row of zeros
     notes += baked
+    if replace_modules:
+        notes += replace_(working)
     return working.eval(), notes
 
 
@@ -94,63 +99,9 @@ def _computed_attributes(model: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
 
 
-def _parameters(model: nn.Module) -> dict[int, Any]:
+def own_parameters(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy: parameters of their own, in the memory of the model's."""
     return {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
-
-
-def copy_of(model: nn.Module, share: bool) -> nn.Module:
-    """A copy; share: its parameters are in the memory of the model's, until they are replaced."""
-    return copy.deepcopy(model, _parameters(model) if share else None)
-
-
-def prepare_and_run(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[str], bool]:
-    """`prepare`, once the copy is seen to run on `inputs`; and whether it shares the model's parameters.
-
-    It does unless the forward pass writes into one (a weight clipped or normalized in place, an embedding's
-    max_norm), for the user's model must stay as it is.
-    """
-    with contextlib.suppress(Exception):  # the second attempt will say what is wrong
-        working, notes = prepare(model, share=True)
-        with _NoWriting(_memory(model)):
-            run(working, inputs)
-        return working, notes, True
-    working, notes = prepare(model)
-    run(working, inputs)
-    return working, notes, False
-
-
-def _memory(model: nn.Module) -> set[int]:
-    """Where the parameters are stored."""
-    return {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
-
-
-class _NoWriting(TorchDispatchMode):
-    """Stops an operator before it writes into one of these storages."""
-
-    def __init__(self, storages: set[int]) -> None:
-        super().__init__()
-        self.storages = storages
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for place, argument in enumerate(func._schema.arguments):
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                if argument.alias_info is None or not argument.alias_info.is_write:
-                    continue
-                for tensor in pytree.tree_leaves(value):
-                    if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.storages:
-                        raise InputError(f"{func} writes into a parameter")
-        return func(*args, **kwargs)
-
-
-def unshare_(narrow: nn.Module, model: nn.Module) -> None:
-    """Give `narrow` memory of its own for the parameters that are in the memory of the model's."""
-    own = _memory(model)
-    for parameter in narrow.parameters():
-        if parameter.untyped_storage().data_ptr() in own:
-            parameter.data = parameter.detach().clone()
 
 
 def _check_tensors(model: nn.Module) -> None:

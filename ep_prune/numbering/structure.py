@@ -88,6 +88,10 @@ def _cat(op: Cat, node: Node, n: Numbering) -> Value:
     axes = {value.axes() for value in known} - {()}
     if axes <= {(op.axis,)} and (axes or all(value.shape[op.axis] == 1 for value in known)):
         return _cat_channels(op, node, n)
+    if len(axes) == 1 and op.axis in next(iter(axes)) and all(isinstance(value, Channels) for value in values):
+        return _cat_grids(op, node, n, [value for value in values if isinstance(value, Channels)])
+    if any(op.axis in own for own in axes):
+        raise Refused("parts whose channels lie along several axes")
     if len(axes) > 1 or any(not isinstance(value, Channels | Known) for value in values):
         raise Refused("parts whose channels lie along different axes")
     return _cat_positions(op, node, n, values)
@@ -138,6 +142,18 @@ def _cat_channels(op: Cat, node: Node, n: Numbering) -> Value:
             torch.cat([part.deviation for part in parts]),
         )
     )
+
+
+def _cat_grids(op: Cat, node: Node, n: Numbering, parts: list[Channels]) -> Value:
+    """Joined along one of several channel axes."""
+    starts = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0).tolist()
+    full = torch.cat([part.labels + start for part, start in zip(parts, starts, strict=False)], op.axis)
+    own = [torch.arange(len(part.rows)) for part in parts]
+    edges = tuple(Edge(p, rows + start, rows) for p, rows, start in zip(parts, own, starts, strict=False))
+    slots = torch.cat([part.slots for part in parts])
+    rows = Rows.cat([part.rows for part in parts])
+    n.slots.grids.append(slots[full].squeeze())
+    return n.record(Channels(node.shape or (), full, rows, slots, edges))
 
 
 def _stack(op: Cat, node: Node, n: Numbering, values: list[Value]) -> Value:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ep_prune.graph import Graph, Node
-from ep_prune.numbering import contraction, structure
+from ep_prune.numbering import attention, contraction, structure
 from ep_prune.numbering.elementwise import transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown
 from ep_prune.rules import kind_of
 from ep_prune.slots import Slots
 
-_HANDLERS = (contraction, structure)
+_HANDLERS = (attention, contraction, structure)
 
 
 def number_channels(
@@ -39,6 +39,7 @@ def number_channels(
     for name, reason in n.pinned_tensors.items():
         for axis, size in enumerate(graph.tensors[name].shape):
             n.slots.pin(n.slots.of(name, axis, size), reason)
+    n.slots.settle_grids()
     return n
 
 

@@ -116,3 +116,10 @@ def index(node: Node, tensors: Tensors) -> Operation:
         return moved
 
     return Move((node.args[0],), act)
+
+
+@rule("aten.unbind.int")
+def unbind(node: Node, tensors: Tensors) -> Operation:
+    call = arguments(node)
+    axis = call["dim"] % len(call["self"].shape)
+    return Split(call["self"], axis, (1,) * call["self"].shape[axis], squeeze=True)
