@@ -58,7 +58,11 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -162,7 +166,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="of the example")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT, help="of the peak over the weights")
-    parser.add_argument("--quick", action="store_true", help="about an eighth of the size: 12 layers of 512, 12,565 tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="about an eighth of the size: 12 layers of 512, 12,565 tokens"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -176,7 +182,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         print(json.dumps(measure(options)))
         return 0
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", *(sys.argv[1:] if arguments is None else arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        "--child",
+        *(sys.argv[1:] if arguments is None else arguments),
+    ]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = json.loads(output.splitlines()[-1]) | {"limit": options.limit}
     options.out.mkdir(parents=True, exist_ok=True)

@@ -126,9 +126,7 @@ def _ends_in(start: Node, graph: Graph, users: Mapping[Node, list[Node]], ends: 
     return reached
 
 
-def _rows(
-    part: Tensor, writers: list[_Writer], roots: Tensor, pinned: Tensor
-) -> tuple[_Writer, Tensor] | None:
+def _rows(part: Tensor, writers: list[_Writer], roots: Tensor, pinned: Tensor) -> tuple[_Writer, Tensor] | None:
     """The weight that writes channels (H, d), and at which of its rows."""
     own = roots[part]
     for writer in writers:
@@ -217,7 +215,7 @@ def _reader(
     if demand is None or len(demand.ports) > 1 or not demand.foldable or demand.port.groups > 1:
         return None
     out = roots[blend.out].reshape(-1)
-    plain = len(demand.roots) == len(out) and demand.port.weight.shape[2] == 1
+    plain = len(demand.roots) == len(out) and demand.port.shape[2] == 1
     return demand if plain and bool(torch.isin(out, demand.roots).all()) else None
 
 

@@ -50,9 +50,7 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def prepare(
-    model: nn.Module, replace_modules: bool = False, share: bool = False
-) -> tuple[nn.Module, list[str]]:
+def prepare(model: nn.Module, replace_modules: bool = False, share: bool = False) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
     Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
@@ -101,7 +99,9 @@ def _computed_attributes(model: nn.Module) -> dict[int, Any]:
 
 def own_parameters(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy: parameters of their own, in the memory of the model's."""
-    return {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    return {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter
+    }
 
 
 def _check_tensors(model: nn.Module) -> None:

@@ -132,9 +132,7 @@ def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]], 
     return max((change / size if size else change for change, size in worst.values()), default=0.0)
 
 
-def read_in_training(
-    model: nn.Module, graph: Graph, example_inputs: Any, share: bool = False
-) -> dict[Axis, str]:
+def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any, share: bool = False) -> dict[Axis, str]:
     """The axes that layers outside the inference trace read (auxiliary heads), with the reason to keep them."""
     unseen = set(graph.untraced)
     if not unseen:
