@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ep_prune.channels import ONE, Rows, directions
 
-BLOCK = 2**20
+BLOCK = 2**17
 """How many numbers of a matrix are looked at together."""
 
 MARGIN = 8.0
@@ -68,7 +68,9 @@ class Dense:
         return self.values[index] if isinstance(self.values, Tensor) else self.values(index)
 
     def taken(self, index: Tensor) -> Dense:
-        """Some of the rows."""
+        """Some of the rows, in their order."""
+        if len(index) == len(self.error):
+            return self
         if isinstance(self.values, Tensor):
             return Dense(self.values[index], self.keys, self.error[index])
         norm, projection = self._measured

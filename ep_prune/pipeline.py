@@ -27,7 +27,7 @@ from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
-from ep_prune.sharing import copy_of, prepare_and_run, unshare_
+from ep_prune.sharing import copy_of, hand_back, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
 from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
@@ -126,6 +126,7 @@ def reduce(
                 _bounded_round(state, records, example_inputs, tol, bar)
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
+            hand_back()
             stated = None if domain is None else plain(domain)
             own = fingerprint(wide.state_dict())
             plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
@@ -271,17 +272,21 @@ def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
     while True:
-        while True:
-            bar.set_postfix_str(f"round {len(state.rounds) + 1}")
-            bar.update()
-            numbering = state.number()
-            chosen = select(numbering, frozen_slots(numbering, state.frozen))
-            if not _settle(state, records, chosen, to_round(chosen), example_inputs):
-                break
+        while _selection_round(state, records, example_inputs, bar):
+            pass
         if _head_mixing_round(state, records, example_inputs):
             continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _selection_round(state: State, records: _Records, example_inputs: Any, bar: Any) -> bool:
+    """Number, select and take one round. What was found out for it is given up at its end."""
+    bar.set_postfix_str(f"round {len(state.rounds) + 1}")
+    bar.update()
+    numbering = state.number()
+    chosen = select(numbering, frozen_slots(numbering, state.frozen))
+    return _settle(state, records, chosen, to_round(chosen), example_inputs)
 
 
 def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ep_prune.graph import Layout
 
-ROOM = 2**22
-BLOCK = 2**20
+ROOM = 2**20
+BLOCK = 2**17
 Outputs = slice | Tensor
 ALL = slice(None)
 

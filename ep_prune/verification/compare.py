@@ -52,7 +52,7 @@ FAMILIES = ("normal", "matched", "uniform")  # "matched" has the example's mean 
 INSIDE = ("uniform", "corners", "matched")  # the families on a declared domain; "matched" is moved inside
 MAX_BATCHES = 64  # of the user's probes: a loader may be endless
 UNBATCHED_DRAWS = 4  # draws of each family where the number of samples cannot be chosen
-REACH_ROWS = 8  # samples in one backward pass, to bound its memory
+REACH_ROWS = 8, 2  # samples in one backward pass, to bound its memory; of a model above REACH_ROOM
 FLOAT64_LIMIT = 1e-10
 ROUNDINGS = 16  # what is merged was equal up to rounding only: allow a small multiple of the wide model's own
 LOOSEST_LIMIT = 0.1  # above this a default would let another function pass
@@ -324,8 +324,9 @@ class _Session:
         """Mark the wide model's parameter elements that a random projection of the outputs depends on."""
         try:
             self.wide64.requires_grad_(True)
-            for start in range(0, shared_rows(call) if self.batched else 1, REACH_ROWS):
-                rows = slice(start, start + REACH_ROWS) if self.batched else None
+            size = REACH_ROWS[sum(touched.numel() for touched in self.touched.values()) > REACH_ROOM]
+            for start in range(0, shared_rows(call) if self.batched else 1, size):
+                rows = slice(start, start + size) if self.batched else None
                 piece = map_tensors(call, functools.partial(rows_of, rows))
                 before = sum(int(touched.sum()) for touched in self.touched.values())
                 self._reach_piece(piece)
