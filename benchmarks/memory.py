@@ -7,12 +7,12 @@ four times the width, and a head tied to the token embeddings; 355 M parameters 
 are random; of each MLP's hidden units a sixteenth is unread and a sixteenth is a copy of others, which share its
 outgoing weights, so that `reduce` has something to do in every layer. The example is of 16 tokens.
 
-It runs in a child process, which is warm (a small network of this kind went through `reduce`, so that all that is
-imported is there) and holds the model. Its largest resident size while `reduce` runs, as the kernel has it, less the
-size before the model was there, over the bytes of the model's parameters in float32, is the figure: so the model
-itself is counted, as 1. Beside it: the same without the model, from what is resident as `reduce` begins, and what is
-held when it is done, the model and its narrow copy among it. Exit code 1 where the figure is above `--limit`, or where
-an MLP is not of the width that was planted. Results go to `memory.json` in `--out`.
+It runs in a child process, which is warm (a small network of this kind went through `reduce`, so that all that
+is imported is there) and holds the model. Its largest resident size while `reduce` runs, as the kernel has it,
+less the size before the model was there, over the bytes of the model's parameters in float32, is the figure: so
+the model itself is counted, as 1. Beside it: the same without the model, from what is resident as `reduce`
+begins, and what is held when it is done, the model and its narrow copy among it. Exit code 1 where the figure is
+above `--limit`, or where an MLP is not of the width that was planted. Results go to `memory.json` in `--out`.
 """
 
 from __future__ import annotations

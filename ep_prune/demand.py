@@ -139,7 +139,7 @@ class Demand:
     def can_fold(self, t: Tensor) -> bool:
         """Whether what the constants t (n,) send to outputs is a constant, and has a bias to go to."""
         outputs = self.outputs()
-        for port, block in ((port, block) for port in self.ports for block in port.use.blocks()):
+        for port, block in [(one, block) for one in self.ports for block in one.use.blocks()]:
             weight = port.use.weight(block)
             terms = (weight * t.reshape(-1, 1, 1)).reshape(port.groups, -1, *weight.shape[1:])
             sent, size = terms.sum(1), terms.square().sum(1).sqrt()

@@ -51,6 +51,12 @@ class Vectors(Protocol):
     def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor: ...
 
 
+def in_blocks(places: Tensor, size: int) -> Sequence[Tensor]:
+    """Runs of `size` places."""
+    parts: Sequence[Tensor] = places.split(size)  # type: ignore[no-untyped-call]
+    return parts
+
+
 @dataclass(frozen=True)
 class Dense:
     """Rows of a matrix (n, columns); `keys` (columns,) name the columns across matrices.
@@ -63,6 +69,9 @@ class Dense:
     error: Tensor
     known: tuple[Tensor, Tensor] | None = None
     """Norms and projections of the rows, where they were measured."""
+
+    def _block(self) -> int:
+        return max(1, BLOCK // max(1, len(self.keys)))
 
     def rows(self, index: Tensor) -> Tensor:
         return self.values[index] if isinstance(self.values, Tensor) else self.values(index)
@@ -83,7 +92,7 @@ class Dense:
             return self.known
         direction = directions(self.keys).squeeze(-1)
         norms, projections = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.float64)]
-        for block in torch.arange(len(self.error)).split(max(1, BLOCK // max(1, len(self.keys)))):
+        for block in in_blocks(torch.arange(len(self.error)), self._block()):
             rows = self.rows(block)
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             projections.append(rows @ direction)
@@ -102,8 +111,8 @@ class Dense:
 
     def _over(self, measure: Callable[..., Tensor], *places: Tensor) -> Tensor:
         """measure (m,) of rows and what goes with them, block by block."""
-        size = max(1, BLOCK // max(1, len(self.keys)))
-        parts = [measure(*block) for block in zip(*(place.split(size) for place in places), strict=True)]
+        pieces = (in_blocks(place, self._block()) for place in places)
+        parts = [measure(*block) for block in zip(*pieces, strict=True)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
     def inner(self, i: Tensor, j: Tensor) -> Tensor:

@@ -46,11 +46,11 @@ def _memory(model: nn.Module) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
 
 
-class _NoWriting(TorchDispatchMode):
+class _NoWriting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops an operator before it writes into one of these storages."""
 
     def __init__(self, storages: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages = storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import ONE, Channels, Rows, along, mix, number
-from ep_prune.find import BLOCK, MARGIN, Classes, Dense, Freedom, Sparse
+from ep_prune.find import BLOCK, MARGIN, Classes, Dense, Freedom, Sparse, in_blocks
 from ep_prune.graph import Contract, Lookup, Node
 from ep_prune.numbering.align import on_axis
 from ep_prune.numbering.elementwise import _position_shape, transfer
@@ -65,9 +65,11 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
 
 
 class _Measured:
-    """What is known of every output of a weight: (G, O/G, taps) `pattern`, its squared error `fuzz`; (G, O/G)
-    `offset`, its `error`, and `size`, the length of what it is made of. `noise`: the squared error of what is sent,
-    (n, O/G), or, where there are no groups, added up over inputs, (O,)."""
+    """What is known of every output of a weight.
+
+    `pattern` (G, O/G, taps), its squared error `fuzz`; `offset` (G, O/G), its `error`, and `size`, the length of
+    what it is made of. `noise`: the squared error of what is sent, (n, O/G); without groups added up over inputs.
+    """
 
     def __init__(
         self,
@@ -267,7 +269,7 @@ def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
     table = n.graph.tensors[str(op.table.tensor)].detach().T
     size, words = table.shape
     fits = n.has_room(table.numel())
-    blocks = torch.arange(size).split(size if fits else max(1, BLOCK // words))
+    blocks = in_blocks(torch.arange(size), size if fits else max(1, BLOCK // words))
 
     def column(place: Tensor) -> Tensor:
         return table[place].to("cpu", torch.float64)

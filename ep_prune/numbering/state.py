@@ -20,7 +20,8 @@ from torch import Tensor
 from ep_prune.channels import Channels, Rows, along, mix, number
 from ep_prune.find import Classes, Dense, Freedom, Sparse, congruence, stacked
 from ep_prune.graph import Contract, Graph, Layout, Node
-from ep_prune.numbering.uses import ROOM, Net, Use
+from ep_prune.numbering import uses
+from ep_prune.numbering.uses import Net, Use
 from ep_prune.slots import Slots
 
 
@@ -139,7 +140,7 @@ class Numbering:
     """ids of Channels that sum up to 1 over their last axis (softmax)."""
     gathers: dict[int, tuple[Channels, Tensor, Tensor]] = field(default_factory=dict)
     """id of a Channels whose positions are rearranged -> the Channels, rows and positions that they are of."""
-    _room: int = ROOM
+    _room: int = field(default_factory=lambda: uses.ROOM)
     _recorded: set[int] = field(default_factory=set)
     _leaders: dict[tuple[object, ...], list[tuple[Dense | Sparse, Tensor, Tensor]]] = field(default_factory=dict)
     _on_axis: dict[tuple[object, ...], Channels] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """What one use of a weight sends, read off the weight as it is stored: in float64 only while it is looked at.
 
-Small weights are kept in float64, up to `ROOM` numbers in all. A larger one is cast again whenever it is asked for, and
-walked through in blocks of outputs, so that no number of temporaries of its size is ever there.
+Small weights are kept in float64, up to `ROOM` numbers in all. What is beyond is cast again whenever it is asked
+for, and walked through in blocks of outputs, so that no temporaries of a large weight's size are ever there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ALL = slice(None)
 
 
 class Net:
-    """(n, O/G, taps) what classes of channels send, at their leaders; `sent` (n, O/G): whether they send anything."""
+    """What classes of channels send, at their leaders, (n, O/G, taps); `sent` (n, O/G): whether it is anything."""
 
-    def __init__(self, use: Use, make: Callable[[Outputs], Tensor], made: Tensor | None = None) -> None:
+    def __init__(self, use: Use, make: Callable[[Outputs], Tensor]) -> None:
         self._make = make
-        self._made = (make(ALL) if made is None else made) if use.keep else None
+        self._made = make(ALL) if use.keep else None
         parts = [(self.values(outputs) != 0).any(2) for outputs in use.blocks()]
         sent = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         whole = bool((sent == sent[:, :1]).all())  # to all outputs alike, as is usual, or to none
@@ -35,7 +35,7 @@ class Net:
 
 
 class Use:
-    """A weight as it consumes: `shape` is (G, O/G, C/G, taps); `keep`: it is small enough to be kept in float64."""
+    """A weight as it consumes, of `shape` (G, O/G, C/G, taps); `keep`: there is room to keep it in float64."""
 
     def __init__(self, stored: Tensor, layout: Layout, keep: bool) -> None:
         self.stored, self.layout, self.keep = stored, layout, keep

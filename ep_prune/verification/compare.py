@@ -95,8 +95,8 @@ def verify(
 
     `domain`: a box (lo, hi) of inputs (see `box`): all probes lie in it, among them its corners.
 
-    `share`: the copies have their parameters in the memory of the models given, and weights are cast to float64 one
-    operation at a time. Only where it is known that no forward pass writes into a parameter.
+    `share`: the copies have their parameters in the memory of the models given, and weights are cast to float64
+    one operation at a time. Only where it is known that no forward pass writes into a parameter.
 
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
     `probes`, `probes` is empty, inputs lie outside `domain`, or an option is out of range. A narrow model that

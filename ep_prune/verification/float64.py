@@ -1,9 +1,9 @@
 """Float64 throughout for models that are stored in less, without a copy of their weights in float64.
 
-`widened` casts buffers and shares parameters; `InFloat64` casts the operands of every operation, so that a weight is
-there in float64 only while something reads it. What comes out is what `model.double()` gives. For gradients the same:
-what autograd saves of a cast weight is where it came from (`weights_cast_again`), and gradients with respect to
-weights are handed on one by one (`Slopes`).
+`widened` casts buffers and shares parameters; `InFloat64` casts the operands of every operation, so that a weight
+is there in float64 only while something reads it. What comes out is what `model.double()` gives. For gradients the
+same: what autograd saves of a cast weight is where it came from (`weights_cast_again`), and gradients with respect
+to weights are handed on one by one (`Slopes`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ LOW = (torch.float32, torch.float16, torch.bfloat16)
 CAST = (*LOW, torch.complex64)
 BORN_LOW = (Tensor.float, Tensor.half, Tensor.bfloat16)
 GATHERS = (F.embedding, torch.embedding, torch.index_select, Tensor.index_select)  # exact in any type
-TELLS = frozenset(  # what is asked of a tensor, whatever its type
-    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex __len__ get_device".split()
-)
+TELLS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_complex", "__len__"}
 Casts = dict[int, tuple[StorageWeakRef, Tensor]]
 
 
@@ -38,8 +36,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sharing(model: nn.Module) -> nn.Module:
     """A copy with parameters of its own that share the memory of the model's."""
-    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
-    return copy.deepcopy(model, dict[int, Any](own))
+    own: dict[int, Any] = {}
+    for p in model.parameters():
+        if type(p) is nn.Parameter:
+            own[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    return copy.deepcopy(model, own)
 
 
 def widened(model: nn.Module, share: bool = False) -> nn.Module:
@@ -63,9 +64,9 @@ def widened(model: nn.Module, share: bool = False) -> nn.Module:
 
 
 class InFloat64(TorchFunctionMode):
-    """In here all is computed in float64: operands are cast, and no tensor is born below it. A model's `x.float()`,
-    `torch.zeros(n)` or `to(torch.float32)` would put float32 rounding into the float64 figure.
+    """In here all is computed in float64: operands are cast, and no tensor is born below it.
 
+    A model's `x.float()`, `torch.zeros(n)` or `to(torch.float32)` would put float32 rounding into the figure.
     slopes: told of the gradients with respect to parameters. casts: notes which storage is which parameter's cast.
     """
 
@@ -92,14 +93,14 @@ class InFloat64(TorchFunctionMode):
         if isinstance(value, Tensor):
             followed = self.slopes is not None and isinstance(value, nn.Parameter) and value.requires_grad
             if followed and torch.is_grad_enabled() and value.is_floating_point():
-                made: Tensor = _Cast.apply(value, self.slopes)  # type: ignore[no-untyped-call]
+                made: Tensor = _Cast.apply(value, self.slopes)
             elif value.dtype in CAST:
                 made = cast(value, torch.float64)
             else:
                 return value
             if self.casts is not None and value.dtype in CAST:
                 storage = made.untyped_storage()
-                self.casts[storage._cdata] = StorageWeakRef(storage), value.detach()
+                self.casts[storage._cdata] = StorageWeakRef(storage), value.detach()  # type: ignore[no-untyped-call]
             return made
         if type(value) in (tuple, list):
             return type(value)(map(self.higher, value))
@@ -112,7 +113,7 @@ def _higher_type(value: Any) -> Any:
 
 @contextlib.contextmanager
 def weights_cast_again(casts: Casts) -> Iterator[None]:
-    """In here autograd saves, in place of a weight's cast, the weight, and casts it again when it goes backwards."""
+    """In here autograd saves a weight in place of its cast, and casts it again when it goes backwards."""
 
     def pack(saved: Tensor) -> Any:
         if saved.layout != torch.strided:
@@ -174,6 +175,6 @@ class _Cast(torch.autograd.Function):
         return parameter.detach().double()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, None]:
         ctx.slopes.add(ctx.parameter, slope)
         return None, None

@@ -46,7 +46,7 @@ def gradients(value: Tensor, points: Sequence[Tensor]) -> list[Tensor]:
 
 
 def copied(model: nn.Module, role: str, share: bool) -> nn.Module:
-    """A private copy in eval mode, without gradients; its parameters in the model's own memory, if they may `share`."""
+    """A private copy in eval mode, without gradients; share: with its parameters in the model's own memory."""
     try:
         return (sharing(model) if share else copy.deepcopy(model)).eval().requires_grad_(False)
     except Exception as error:
