@@ -27,7 +27,7 @@ from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
-from ep_prune.sharing import copy_of, hand_back, prepare_and_run, unshare_
+from ep_prune.sharing import copy_of, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
 from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
@@ -48,6 +48,7 @@ from ep_prune.verification import (
     check_inside,
     described,
     draw,
+    hand_back,
     plain,
     verify,
     widened,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,12 +63,6 @@ class _NoWriting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.storages:
                         raise InputError(f"{func} writes into a parameter")
         return func(*args, **kwargs)
-
-
-def hand_back() -> None:
-    """Return to the system what is free: the C library keeps it, in pieces between what is still used."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has this
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def unshare_(narrow: nn.Module, model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ep_prune.errors import InputError
 from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, draw
 from ep_prune.verification.figures import Record, Verification
-from ep_prune.verification.float64 import Casts, InFloat64, Slopes, cast, weights_cast_again, widened
+from ep_prune.verification.float64 import Casts, InFloat64, Slopes, cast, hand_back, weights_cast_again, widened
 from ep_prune.verification.trees import (
     Call,
     Outputs,
@@ -355,7 +355,9 @@ class _Session:
 
         def mark(weight: Tensor, slope: Tensor) -> None:
             if id(weight) in weights:
-                self.touched[weights[id(weight)]] |= slope.abs() > NOISE * largest
+                touched = self.touched[weights[id(weight)]]
+                touched |= slope > NOISE * largest
+                touched |= slope < -NOISE * largest
 
         self._climb(call, note)
         if held:
@@ -364,7 +366,9 @@ class _Session:
                 if id(weight) in slopes:
                     mark(weight, slopes[id(weight)])
         else:
+            hand_back()
             self._climb(call, mark)
+            hand_back()
 
     def _climb(self, call: Call, take: Callable[[Tensor, Tensor], None]) -> None:
         """Gradients of a random projection of the wide model's outputs, the same one for the same call."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,8 @@ class InFloat64(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__") or name in TELLS:
             result = func(*args, **kwargs)
+        elif func is F.embedding and self._looks_up(*args, **kwargs):
+            result = _Rows.apply(args[1], args[0], self.slopes)
         else:
             func = Tensor.double if func in BORN_LOW else func
             gathers = func in GATHERS and not torch.is_grad_enabled()
@@ -88,11 +91,18 @@ class InFloat64(TorchFunctionMode):
             return _higher_type(result)
         return result.double() if isinstance(result, Tensor) and result.dtype in LOW else result
 
+    def _follows(self, value: Any) -> bool:
+        parameter = self.slopes is not None and isinstance(value, nn.Parameter) and value.requires_grad
+        return parameter and torch.is_grad_enabled() and value.is_floating_point()
+
+    def _looks_up(self, index: Tensor, table: Any = None, *options: Any, **named: Any) -> bool:
+        """Whether this is a lookup and no more, in a table whose gradient is asked for."""
+        return self._follows(table) and not any(value for value in (*options, *named.values()))
+
     def higher(self, value: Any) -> Any:
         """An operand, or a container of some, in float64."""
         if isinstance(value, Tensor):
-            followed = self.slopes is not None and isinstance(value, nn.Parameter) and value.requires_grad
-            if followed and torch.is_grad_enabled() and value.is_floating_point():
+            if self._follows(value):
                 made: Tensor = _Cast.apply(value, self.slopes)
             elif value.dtype in CAST:
                 made = cast(value, torch.float64)
@@ -144,14 +154,18 @@ class Slopes:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, parameter: Tensor, slope: Tensor) -> None:
+        """One use's part, strided, or sparse rows of a lookup."""
         key = id(parameter)
-        total = self.sums[key][1].add_(slope) if key in self.sums else slope.double()
+        _, total = self.sums.pop(key, (None, None))
+        if total is None:
+            total = slope.double()
+        else:
+            total = slope + total if total.is_sparse and not slope.is_sparse else total.add_(slope)
         self.uses[key] = self.uses.get(key, 0) - 1
         if self.uses[key] > 0:  # a sum is written into from the second use on: it must be nobody else's
-            self.sums[key] = parameter, total if key in self.sums else total.clone()
+            self.sums[key] = parameter, total.clone() if total is slope else total
         else:
-            self.sums.pop(key, None)
-            self.take(parameter, total)
+            self.take(parameter, total.to_dense() if total.is_sparse else total)
 
     def climb(self, value: Tensor, parameters: list[Tensor]) -> None:
         """Go backwards from `value`, which was computed in `InFloat64(self)`."""
@@ -160,9 +174,31 @@ class Slopes:
             if slope is not None:
                 self.add(parameter, slope)
         for parameter, total in self.sums.values():  # where a use leads nowhere
-            self.take(parameter, total)
+            self.take(parameter, total.to_dense() if total.is_sparse else total)
         self.sums.clear()
         self.uses.clear()
+
+
+def hand_back() -> None:
+    """Return to the system what is free: the C library keeps it, in pieces between what is in use."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has this
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Rows(torch.autograd.Function):
+    """A lookup, in float64, whose gradient goes to `Slopes` as a list of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, slopes: Slopes) -> Tensor:
+        ctx.table, ctx.index, ctx.slopes = table, index, slopes
+        slopes.uses[id(table)] = slopes.uses.get(id(table), 0) + 1
+        return F.embedding(index, table.detach()).double()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, None, None]:
+        rows = slope.reshape(-1, slope.shape[-1])
+        ctx.slopes.add(ctx.table, torch.sparse_coo_tensor(ctx.index.reshape(1, -1), rows, ctx.table.shape))
+        return None, None, None
 
 
 class _Cast(torch.autograd.Function):
