@@ -249,7 +249,9 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
 
 def _held_by_their_class(state: State) -> dict[Axis, str]:
     """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
-    reason = "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    reason = (
+        "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    )
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
     return {
         (f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(state.model) for name in names

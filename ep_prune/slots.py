@@ -65,24 +65,29 @@ class Scores:
     """Attention's scores: each head sums the products of its queries and keys.
 
     score (H,), query (H, d), key (H, d; repeated where heads share keys), needed (H, d): products that are no
-    constants. A head stays with all that it needs, and at least one channel.
+    constants. A head stays with all that it needs, and at least one channel. cancels: the scores go to a softmax
+    over the keys, so that what is the same for all keys does not count.
     """
 
     score: Tensor
     query: Tensor
     key: Tensor
     needed: Tensor
+    cancels: bool = True
     layer: str = ""
     node: str = ""
 
 
 @dataclass(frozen=True)
 class Blends:
-    """Attention's means of the values: score (H,), value (H, e; repeated where heads share values), out (H, e)."""
+    """Attention's means of the values: score (H,), value (H, e; repeated where heads share values), out (H, e).
+
+    keeps_constants: the weights of the mean sum up to 1."""
 
     score: Tensor
     value: Tensor
     out: Tensor
+    keeps_constants: bool = True
     node: str = ""
 
 
@@ -147,9 +152,7 @@ class Slots:
 
     def keep_rectangular(self, grid: Tensor) -> None:
         """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once."""
-        carries = [
-            grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)
-        ]
+        carries = [grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)]
         cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a]))
         lead = grid.movedim(cut, 0).reshape(grid.shape[cut], -1)
         self.unify(lead, lead[:, :1])
@@ -189,6 +192,8 @@ class Slots:
 
 def _members(constraint: Scores | Blends) -> list[Tensor]:
     parts = (
-        (constraint.query, constraint.key) if isinstance(constraint, Scores) else (constraint.value, constraint.out)
+        (constraint.query, constraint.key)
+        if isinstance(constraint, Scores)
+        else (constraint.value, constraint.out)
     )
     return [part.reshape(-1) for part in parts]

@@ -246,7 +246,9 @@ def align(
         other = sides[1 - sides.index(within)]
         inner = [a for a in other.axes() if a in within.axes()]
         outer = [a for a in other.axes() if a not in inner]
-        grid = other.slots[other.labels].permute(*outer, *inner, *(a for a in range(len(shape)) if a not in other.axes()))
+        grid = other.slots[other.labels].permute(
+            *outer, *inner, *(a for a in range(len(shape)) if a not in other.axes())
+        )
         n.slots.constraints.append(Whole(grid.reshape(-1, math.prod(other.labels.shape[a] for a in inner))))
     slots: Tensor | None = None
     for side, pick, own in zip(sides, picks, partial, strict=True):
