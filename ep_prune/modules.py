@@ -1,7 +1,7 @@
 """Modules that can hold what `reduce` leaves, in exchange for PyTorch's that cannot.
 
-`nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the same
-with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, with the same weights.
+`nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the
+same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, with the same weights.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HeadAttention(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
-    layer = nn.utils.skip_init(
+    layer = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
     )
     layer.weight = nn.Parameter(weight.clone(), requires_grad=trained)

@@ -53,8 +53,8 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def prepare(model: nn.Module, replace_modules: bool = False) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
-    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises `InputError` for what cannot be
-    handled, naming the layer and what to do.
+    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
+    `InputError` for what cannot be handled, naming the layer and what to do.
     """
     notes: list[str] = []
     if not isinstance(model, nn.Module):

@@ -138,14 +138,14 @@ def _heads(x: Channels, y: Channels) -> tuple[Tensor, Tensor, int]:
     the heads' axes have."""
     rank = max(x.labels.ndim, y.labels.ndim)
     sides = [side.labels.reshape((1,) * (rank - side.labels.ndim) + side.labels.shape) for side in (x, y)]
-    lead = torch.broadcast_shapes(*(side.shape[:-2] for side in sides))
+    lead = torch.broadcast_shapes(*(side.shape[:-2] for side in sides))  # type: ignore[no-untyped-call]
     a, b = (side.expand(*lead, *side.shape[-2:]).flatten(0, -3).squeeze(1) for side in sides)
     return a, b, rank
 
 
 def _lead(node: Node, x: Channels, y: Channels, rank: int) -> list[int]:
     shapes = [(1,) * (rank - side.labels.ndim) + tuple(side.labels.shape) for side in (x, y)]
-    return list(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))
+    return list(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))  # type: ignore[no-untyped-call]
 
 
 def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: bool) -> Channels:
