@@ -128,10 +128,17 @@ class Slots:
         """Keep all channels that attention divides into heads, for those who do not know how to."""
         for constraint in self.constraints:
             if isinstance(constraint, Scores | Blends):
-                for part in _members(constraint):
+                for part in _sides(constraint):
                     self.pin(part, "divided into attention heads")
             elif isinstance(constraint, Grid | Whole):
                 self.pin(constraint.slots, "divided into attention heads")
+
+    def join_heads(self) -> None:
+        """Make one slot of every head, for those who take whole heads alone."""
+        for constraint in self.constraints:
+            if isinstance(constraint, Scores | Blends):
+                for part in _sides(constraint):
+                    self.unify(part, constraint.score.unsqueeze(1))
 
     def settle_grids(self) -> None:
         """Channels on several axes of a tensor: where attention reads them, each head by itself keeps equally
@@ -139,7 +146,8 @@ class Slots:
         if not self.grids:
             return
         roots = self.roots()
-        heads = [part for c in self.constraints if isinstance(c, Scores | Blends) for part in _members(c)]
+        sides = [_sides(c) for c in self.constraints if isinstance(c, Scores | Blends)]
+        heads = [part.reshape(-1) for pair in sides for part in pair]
         of_heads = torch.zeros(self.count, dtype=torch.bool)
         if heads:
             of_heads[roots[torch.cat(heads)]] = True
@@ -190,10 +198,7 @@ class Slots:
         return {reason: torch.unique(torch.cat(parts)) for reason, parts in found.items()}
 
 
-def _members(constraint: Scores | Blends) -> list[Tensor]:
-    parts = (
-        (constraint.query, constraint.key)
-        if isinstance(constraint, Scores)
-        else (constraint.value, constraint.out)
-    )
-    return [part.reshape(-1) for part in parts]
+def _sides(constraint: Scores | Blends) -> tuple[Tensor, Tensor]:
+    if isinstance(constraint, Scores):
+        return constraint.query, constraint.key
+    return constraint.value, constraint.out
