@@ -319,7 +319,7 @@ class Softmax(Operation):
 
 @dataclass(frozen=True)
 class Attention(Operation):
-    """softmax(scale * query @ key' + mask) @ value, over the last two axes; heads stand on the axis before them."""
+    """softmax(scale * query @ key' + mask) @ value over the last two axes; heads stand on the axis before."""
 
     query: Node
     key: Node

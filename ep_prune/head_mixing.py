@@ -75,11 +75,11 @@ def head_mixtures(graph: Graph, frozen: Collection[Axis]) -> list[HeadMixture]:
         mixes: list[Mix] = []
         left: dict[Axis, Tensor] = {}
         if rows[0] is not None and rows[1] is not None:
-            _fold_scores(n, rows[0], rows[1], mixes, left)
+            _fold_scores(n, rows[0], rows[1], one.cancels, mixes, left)
         fold = None
         reader = _reader(n, needs, roots, users, mine[0])
         if rows[2] is not None and reader is not None:
-            fold = _fold_values(n, rows[2], reader, roots[mine[0].out], mixes, left)
+            fold = _fold_values(n, rows[2], reader, roots[mine[0].out], mine[0].keeps_constants, mixes, left)
         if mixes:
             found.append(HeadMixture(one.layer, Round(() if fold is None else (fold,), (), tuple(mixes)), left))
     return found
@@ -175,17 +175,19 @@ def _fold_scores(
     n: Numbering,
     query: tuple[_Writer, Tensor],
     key: tuple[_Writer, Tensor],
+    cancels: bool,
     mixes: list[Mix],
     left: dict[Axis, Tensor],
 ) -> None:
     (q_writer, q), (k_writer, k) = query, key
-    (w_q, b_q), (w_k, _) = _weight_of(n, q_writer), _weight_of(n, k_writer)
+    (w_q, b_q), (w_k, b_k) = _weight_of(n, q_writer), _weight_of(n, k_writer)
     full_q = torch.cat([w_q, b_q.unsqueeze(1)], 1)
+    full_k = w_k if cancels else torch.cat([w_k, b_k.unsqueeze(1)], 1)
     eps = max(n.eps(writer.demand.port.op.weight) for writer in (q_writer, k_writer))
     found = []
     for heads in _shares(k):
         a = torch.cat([full_q[rows] for rows in q[heads]], 1)
-        found.append((heads, *_thin(a, w_k[k[heads[0]]], eps)))
+        found.append((heads, *_thin(a, full_k[k[heads[0]]], eps)))
     most = max(rank for *_, rank in found)
     if most >= q.shape[1]:
         return
@@ -224,6 +226,7 @@ def _fold_values(
     value: tuple[_Writer, Tensor],
     reader: Demand,
     out: Tensor,
+    keeps: bool,
     mixes: list[Mix],
     left: dict[Axis, Tensor],
 ) -> Fold | None:
@@ -235,7 +238,7 @@ def _fold_values(
     at = spot[out]
     columns = reader.port.weight[:, :, 0]
     eps = max(n.eps(writer.demand.port.op.weight), n.eps(reader.port.op.weight))
-    loose = reader.takes_constants
+    loose = reader.takes_constants and keeps
     full = w_v if loose else torch.cat([w_v, b_v.unsqueeze(1)], 1)
     found = []
     for heads in _shares(v):

@@ -120,7 +120,9 @@ def heads_of(n: Numbering, roots: Tensor, kept: Tensor) -> tuple[Heads, ...]:
         if bool(active.all()) and sizes[0] == sizes[1]:
             continue
         heads = len(active), int(active.sum())
-        found.append(Heads(constraint.layer, heads, (shared[0], shared[1]), sizes, _writers(n, roots, kept, query)))
+        found.append(
+            Heads(constraint.layer, heads, (shared[0], shared[1]), sizes, _writers(n, roots, kept, query))
+        )
     return tuple(found)
 
 

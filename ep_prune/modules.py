@@ -1,7 +1,7 @@
 """Modules that can hold what `reduce` leaves, in exchange for PyTorch's that cannot.
 
-`nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the same
-with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, with the same weights.
+`nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the
+same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, same weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ class HeadAttention(nn.Module):
         self.num_heads, self.head_dim = original.num_heads, original.head_dim
         self.embed_dim, self.batch_first, self.dropout = original.embed_dim, original.batch_first, original.dropout
         self.scale = float(original.head_dim**-0.5)
-        if original.in_proj_weight is not None:
-            weights = original.in_proj_weight.detach().chunk(3)
-        else:
-            parts = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
-            weights = tuple(part.detach() for part in parts)  # type: ignore[union-attr]
-        bias = original.in_proj_bias
+        joined: Tensor | None = original.in_proj_weight
+        bias: Tensor | None = original.in_proj_bias
+        apart = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
+        weights = tuple(part.detach() for part in (apart if joined is None else joined.chunk(3)))
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
         trained = original.out_proj.weight.requires_grad
         self.q_proj, self.k_proj, self.v_proj = (
@@ -60,13 +58,13 @@ class HeadAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
         q, k, v = (
-            layer(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            layer(part).reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
             for layer, part in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         scores = (q * self.scale) @ k.transpose(-2, -1)
         if attn_mask is not None:
             if attn_mask.ndim == 3:
-                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+                attn_mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:])
             scores = _masked(scores, attn_mask)
         if key_padding_mask is not None:
             scores = _masked(scores, key_padding_mask[:, None, None, :])
@@ -83,7 +81,7 @@ class HeadAttention(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
-    layer = nn.utils.skip_init(
+    layer = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
     )
     layer.weight = nn.Parameter(weight.clone(), requires_grad=trained)

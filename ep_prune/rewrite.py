@@ -144,7 +144,9 @@ def count_heads_(module: nn.Module, heads: Heads) -> None:
     They go by their usual names, and only where they have the value that the name says: what this misses, the
     trial of the round sees.
     """
-    widths = [(h * d, k * d, h // max(k, 1)) for h, k, d in zip(heads.heads, heads.shared, heads.size, strict=True)]
+    widths = [
+        (h * d, k * d, h // max(k, 1)) for h, k, d in zip(heads.heads, heads.shared, heads.size, strict=True)
+    ]
     total, shared_total, repeats = zip(*widths, strict=True)
     for names, (old, new) in (
         (_HEADS, heads.heads),

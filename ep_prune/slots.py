@@ -65,24 +65,29 @@ class Scores:
     """Attention's scores: each head sums the products of its queries and keys.
 
     score (H,), query (H, d), key (H, d; repeated where heads share keys), needed (H, d): products that are no
-    constants. A head stays with all that it needs, and at least one channel.
+    constants. A head stays with all that it needs, and at least one channel. cancels: the scores go to a softmax
+    over the keys, so that what is the same for all keys does not count.
     """
 
     score: Tensor
     query: Tensor
     key: Tensor
     needed: Tensor
+    cancels: bool = True
     layer: str = ""
     node: str = ""
 
 
 @dataclass(frozen=True)
 class Blends:
-    """Attention's means of the values: score (H,), value (H, e; repeated where heads share values), out (H, e)."""
+    """Attention's means of the values: score (H,), value (H, e; repeated where heads share values), out (H, e).
+
+    keeps_constants: the weights of the mean sum up to 1."""
 
     score: Tensor
     value: Tensor
     out: Tensor
+    keeps_constants: bool = True
     node: str = ""
 
 
@@ -123,10 +128,17 @@ class Slots:
         """Keep all channels that attention divides into heads, for those who do not know how to."""
         for constraint in self.constraints:
             if isinstance(constraint, Scores | Blends):
-                for part in _members(constraint):
+                for part in _sides(constraint):
                     self.pin(part, "divided into attention heads")
             elif isinstance(constraint, Grid | Whole):
                 self.pin(constraint.slots, "divided into attention heads")
+
+    def join_heads(self) -> None:
+        """Make one slot of every head, for those who take whole heads alone."""
+        for constraint in self.constraints:
+            if isinstance(constraint, Scores | Blends):
+                for part in _sides(constraint):
+                    self.unify(part, constraint.score.unsqueeze(1))
 
     def settle_grids(self) -> None:
         """Channels on several axes of a tensor: where attention reads them, each head by itself keeps equally
@@ -134,7 +146,8 @@ class Slots:
         if not self.grids:
             return
         roots = self.roots()
-        heads = [part for c in self.constraints if isinstance(c, Scores | Blends) for part in _members(c)]
+        sides = [_sides(c) for c in self.constraints if isinstance(c, Scores | Blends)]
+        heads = [part.reshape(-1) for pair in sides for part in pair]
         of_heads = torch.zeros(self.count, dtype=torch.bool)
         if heads:
             of_heads[roots[torch.cat(heads)]] = True
@@ -147,9 +160,7 @@ class Slots:
 
     def keep_rectangular(self, grid: Tensor) -> None:
         """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once."""
-        carries = [
-            grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)
-        ]
+        carries = [grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)]
         cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a]))
         lead = grid.movedim(cut, 0).reshape(grid.shape[cut], -1)
         self.unify(lead, lead[:, :1])
@@ -187,8 +198,7 @@ class Slots:
         return {reason: torch.unique(torch.cat(parts)) for reason, parts in found.items()}
 
 
-def _members(constraint: Scores | Blends) -> list[Tensor]:
-    parts = (
-        (constraint.query, constraint.key) if isinstance(constraint, Scores) else (constraint.value, constraint.out)
-    )
-    return [part.reshape(-1) for part in parts]
+def _sides(constraint: Scores | Blends) -> tuple[Tensor, Tensor]:
+    if isinstance(constraint, Scores):
+        return constraint.query, constraint.key
+    return constraint.value, constraint.out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import re
 import traceback
@@ -213,12 +214,27 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                     program = program.run_decompositions(dict(_COMPOSED))
                 return _convert(program, model)
             except Exception as error:
+                if _register_dataclasses(model, example_inputs):
+                    return trace(model, example_inputs)
                 failure = failure or error
     assert failure is not None
     raise TraceError(
         f"the model cannot be exported{_stopped_at(failure)}: {_first_line(failure)}; "
         "reduce a submodule that does export instead (ep_prune.reduce(model.backbone, ...))"
     ) from failure
+
+
+def _register_dataclasses(model: nn.Module, inputs: Any) -> bool:
+    """Tell PyTorch of the dataclasses that a model returns, which it does not export otherwise; whether there were
+    any that it did not know."""
+    try:
+        leaves = pytree.tree_leaves(run(model, inputs))
+    except InputError:
+        return False
+    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    for kind in unknown:
+        torch.export.register_dataclass(kind)
+    return bool(unknown)
 
 
 def _is_functional(program: torch.export.ExportedProgram) -> bool:

@@ -30,6 +30,8 @@ def index_along(x: Channels, axis: int) -> Tensor:
 def on_axis(n: Numbering, node: Node, axis: int) -> Channels:
     """The value of a node with channels along `axis` and no other, row i at index i."""
     value = n.values[node]
+    if axis >= len(node.shape or ()):
+        raise Refused("a tensor without an axis of channels")
     if isinstance(value, Unknown):
         return n.of_unknown(value, (axis,))
     if not isinstance(value, Channels):

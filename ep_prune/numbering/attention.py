@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ep_prune.channels import Channels, Edge, Rows, mix, number
 from ep_prune.find import Freedom, Sparse
-from ep_prune.graph import Attention, Matmul, Node, Softmax
-from ep_prune.numbering.align import align
+from ep_prune.graph import Attention, Choice, Matmul, Node, Pass, Product, Softmax, Sum
+from ep_prune.numbering.align import HUGE, align
 from ep_prune.numbering.elementwise import _factors, _position_shape, identity_edge, transfer
-from ep_prune.numbering.state import Numbering, Refused, Unknown, Value
+from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
+from ep_prune.rules import kind_of
 from ep_prune.slots import Blends, Scores
 
 
@@ -31,7 +32,9 @@ from ep_prune.slots import Blends, Scores
 def _matmul(op: Matmul, node: Node, n: Numbering) -> Value:
     x, y = n.values[op.x], n.values[op.y]
     if isinstance(x, Unknown) and isinstance(y, Unknown):
-        return Unknown(int(mix(number(f"product of two {op.transposed}"), x.number, y.number)), node.shape or (), node.where)
+        return Unknown(
+            int(mix(number(f"product of two {op.transposed}"), x.number, y.number)), node.shape or (), node.where
+        )
     if not (isinstance(x, Channels) and isinstance(y, Channels)):
         raise Refused("a product with unknown channels")
     if op.transposed:
@@ -39,7 +42,7 @@ def _matmul(op: Matmul, node: Node, n: Numbering) -> Value:
     rows, columns = len(x.shape) - 2, len(y.shape) - 2
     along = [axis in side.axes() for side, axis in ((x, rows), (x, rows + 1), (y, columns), (y, columns + 1))]
     if along == [False, True, True, False]:
-        return _scores(n, node, x, _swapped(y))
+        return _scores(n, node, x, _swapped(y), _softmax_over_keys(n, node))
     if along[:3] == [False, False, False]:
         return _blend(n, node, x, y)
     raise Refused("a product of two tensors that is neither of channels nor of positions alone")
@@ -60,16 +63,27 @@ def _softmax(op: Softmax, node: Node, n: Numbering) -> Value:
         raise Refused("over a known tensor")
     if op.axis in x.axes():
         raise Refused("softmax over the channels themselves")
-    return _normalized(n, x, f"softmax over axis {op.axis - len(x.shape)}")
+    safe = node.op == "aten._safe_softmax"  # zeros where all is hidden
+    return _normalized(n, x, f"softmax over axis {op.axis - len(x.shape)}", sums_to_one=not safe)
 
 
-def _normalized(n: Numbering, x: Channels, signature: str) -> Channels:
+def _sees_something(n: Numbering, mask: Node) -> bool:
+    """Whether a mask is known to leave every query a key: where none is left, the fused operator gives zeros."""
+    value = n.values[mask]
+    if not isinstance(value, Known):
+        return False
+    seen = value.value if value.value.dtype == torch.bool else value.value > -torch.inf
+    return bool(seen.any(-1).all())
+
+
+def _normalized(n: Numbering, x: Channels, signature: str, sums_to_one: bool = True) -> Channels:
     """One atom for every class of equal rows; offsets cancel."""
     rows = replace(x.rows, offset=torch.zeros_like(x.rows.offset))
     found, _, spread = n.intern(f"{signature} at {_position_shape(x)}", Sparse(rows, False), Freedom.NONE)
     made = replace(Rows.of_atoms(found), error=spread)
     out = n.record(replace(x, rows=made, edges=identity_edge(x), mean=torch.empty(0), deviation=torch.empty(0)))
-    n.sums_to_one.add(id(out))
+    if sums_to_one:
+        n.sums_to_one.add(id(out))
     return out
 
 
@@ -91,7 +105,7 @@ def _attention(op: Attention, node: Node, n: Numbering) -> Value:
     seen = replace(node, shape=(*query.shape[:-1], key.shape[-2]))
     if query.labels.shape[-1] == 1 or key.labels.shape[-1] == 1:
         raise Refused("attention by a single channel")
-    scores = _scores(n, seen, query, key)
+    scores = _scores(n, seen, query, key, cancels=True)
     scaled = n.record(
         replace(
             scores,
@@ -100,7 +114,8 @@ def _attention(op: Attention, node: Node, n: Numbering) -> Value:
         )
     )
     masked = scaled if op.mask is None else _masked(n, seen, scaled, op.mask)
-    weights = _normalized(n, masked, f"attention, causal {op.causal}")
+    hidden = op.mask is not None and not _sees_something(n, op.mask)
+    weights = _normalized(n, masked, f"attention, causal {op.causal}", sums_to_one=not hidden)
     return _blend(n, node, weights, value)
 
 
@@ -123,18 +138,21 @@ def _heads(x: Channels, y: Channels) -> tuple[Tensor, Tensor, int]:
     the heads' axes have."""
     rank = max(x.labels.ndim, y.labels.ndim)
     sides = [side.labels.reshape((1,) * (rank - side.labels.ndim) + side.labels.shape) for side in (x, y)]
-    lead = torch.broadcast_shapes(*(side.shape[:-2] for side in sides))
+    lead = torch.broadcast_shapes(*(side.shape[:-2] for side in sides))  # type: ignore[no-untyped-call]
     a, b = (side.expand(*lead, *side.shape[-2:]).flatten(0, -3).squeeze(1) for side in sides)
     return a, b, rank
 
 
 def _lead(node: Node, x: Channels, y: Channels, rank: int) -> list[int]:
     shapes = [(1,) * (rank - side.labels.ndim) + tuple(side.labels.shape) for side in (x, y)]
-    return list(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))
+    return list(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))  # type: ignore[no-untyped-call]
 
 
-def _scores(n: Numbering, node: Node, query: Channels, key: Channels) -> Channels:
-    """(..., H, 1, 1): the rows of the heads' scores. Labels of both operands end in (1, d)."""
+def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: bool) -> Channels:
+    """(..., H, 1, 1): the rows of the heads' scores. Labels of both operands end in (1, d).
+
+    cancels: what is the same for all keys does not count, since a softmax over them follows.
+    """
     if min(len(query.shape), len(key.shape)) < 3:
         raise Refused("scores of a single sample, without a batch")
     q, k, rank = _heads(query, key)
@@ -142,23 +160,49 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels) -> Channel
         raise Refused("queries and keys whose channels do not match")
     heads, size = q.shape
     q_atom, q_scale = _factors(n, query.rows)
-    fixed = key.rows.is_constant()
-    k_atom, k_scale = _factors(n, replace(key.rows, offset=torch.zeros_like(key.rows.offset)))
-    k_scale = torch.where(fixed, 0.0, k_scale)
+    rows = replace(key.rows, offset=torch.zeros_like(key.rows.offset)) if cancels else key.rows
+    k_atom, k_scale = _factors(n, rows)  # without its offset a constant key is 0
     coef = q_scale[q] * k_scale[k]
     atoms = mix(number("inner product"), q_atom[q], k_atom[k])
-    length = (query.rows.norm().clamp_min(1e-300), key.rows.linear_norm().clamp_min(1e-300))
+    length = (query.rows.norm().clamp_min(1e-300), rows.norm().clamp_min(1e-300))
     off = query.rows.error[q] / length[0][q] + key.rows.error[k] / length[1][k]
     error = (coef * off).square().sum(1).sqrt()
     zero = torch.zeros(heads, dtype=torch.float64)
-    rows = Rows(torch.where(coef == 0, 0, atoms), coef, zero, error).sorted().merged()
+    made = Rows(torch.where(coef == 0, 0, atoms), coef, zero, error).sorted().merged()
     needed = coef != 0
     head = torch.arange(heads).unsqueeze(1).expand(heads, size)[needed]
     slots = n.slots.fresh(heads)
-    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, node.layer, node.name))
+    n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, cancels, node.layer, node.name))
     labels = torch.arange(heads).reshape([*_lead(node, query, key, rank), 1, 1])
     edges = (Edge(_taped(n, query), head, q[needed]), Edge(_taped(n, key), head, k[needed]))
-    return n.record(Channels(node.shape or (), labels, rows, slots, edges))
+    return n.record(Channels(node.shape or (), labels, made, slots, edges))
+
+
+def _softmax_over_keys(n: Numbering, node: Node) -> bool:
+    """Whether all that reads a product of queries and keys is a softmax over the last axis, behind factors, sums
+    with what is known or a mask, and choices that hide with infinity."""
+    users, waiting = n.graph.users(), [node]
+    while waiting:
+        at = waiting.pop()
+        if at in n.graph.outputs or not users[at]:
+            return False
+        for reader in users[at]:
+            kind = kind_of(reader, n.graph)
+            if isinstance(kind, Softmax) and kind.axis == len(reader.shape or ()) - 1:
+                continue
+            scaled = isinstance(kind, Product) and any(isinstance(side, float | int) for side in (kind.x, kind.y))
+            if scaled or isinstance(kind, Sum | Pass) or (isinstance(kind, Choice) and _hides(n, kind, at)):
+                waiting.append(reader)
+            else:
+                return False
+    return True
+
+
+def _hides(n: Numbering, op: Choice, scores: Node) -> bool:
+    """Whether a choice takes the scores or a number that is as good as minus infinity."""
+    other = op.y if op.x is scores else op.x
+    value = n.values.get(other) if isinstance(other, Node) else Known(torch.tensor(float(other)))
+    return op.condition is not scores and isinstance(value, Known) and bool((value.value.double() < -HUGE).all())
 
 
 def _taped(n: Numbering, x: Channels) -> Channels:
@@ -183,7 +227,9 @@ def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Chan
         rows = rows.scaled(scale[head])
     # w and v are labels: row r of the result is head r // size.
     slots = n.slots.fresh(heads * size)
-    n.slots.constraints.append(Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size), node.name))
+    n.slots.constraints.append(
+        Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size), keeps, node.name)
+    )
     out = torch.arange(heads * size)
     labels = out.reshape([*_lead(node, weights, value, rank), 1, size])
     edges = (Edge(_taped(n, value), out, own), Edge(_taped(n, weights), out, head))

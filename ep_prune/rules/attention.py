@@ -12,7 +12,8 @@ from ep_prune.rules.registry import Tensors, arguments, rule
 
 @rule("aten.bmm")
 def batched_product(node: Node, tensors: Tensors) -> Operation:
-    return Matmul(*node.args)
+    x, y = node.args
+    return Matmul(x, y)
 
 
 @rule("aten.einsum")
@@ -24,9 +25,9 @@ def einsum(node: Node, tensors: Tensors) -> Operation:
         x, y = sides.split(",")
         if x[:-2] == y[:-2] == result[:-2] and len({*x}) == len(x) and x[-2] == result[-2]:
             if x[-1] == y[-1] and y[-2] == result[-1]:
-                return Matmul(*operands, transposed=True)
+                return Matmul(operands[0], operands[1], transposed=True)
             if x[-1] == y[-2] and y[-1] == result[-1]:
-                return Matmul(*operands)
+                return Matmul(operands[0], operands[1])
     return Barrier("a sum over indices that is neither attention's scores nor its means")
 
 
