@@ -55,7 +55,7 @@ def prepare(model: nn.Module, replace_modules: bool = False, share: bool = False
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
     Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
-    `InputError` for what cannot be handled, naming the layer and what to do. share: the copy's parameters are in the
+    `InputError` for what cannot be handled, naming the layer and what to do. share: its parameters are in the
     memory of the model's.
     """
     notes: list[str] = []

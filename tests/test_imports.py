@@ -177,6 +177,7 @@ STANDARD = {
     "collections",
     "contextlib",
     "copy",
+    "ctypes",
     "dataclasses",
     "functools",
     "itertools",
