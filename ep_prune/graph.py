@@ -15,6 +15,11 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Pad        zeros or a constant around space or channels
     Move       data movement; acts on channel labels exactly as on data
     Split      Move into several tensors, whose sizes stand in the user's code
+    Pick       Move to places that are computed
+    Create     a tensor of numbers that stand in the user's code (arange, zeros)
+    Matmul     of two computed tensors: attention's scores, and the mean of the values by them
+    Softmax    over an axis of positions
+    Attention  both at once, with the softmax between them (scaled_dot_product_attention)
     Barrier    anything else: inputs stay as they are, outputs are unknown
 
 A kind never guesses: whatever a rule is not sure about is a `Barrier` with its reason.
@@ -46,6 +51,8 @@ class Node:
     target: Callable[..., Any] | None = None
     tensor: str | None = None
     """Full name of the parameter, buffer or constant that this node reads, if it reads one."""
+    sized: bool = False
+    """Whether a free size (the batch) stands in its arguments: they are those of the example alone."""
 
     def operands(self) -> Iterator[Node]:
         yield from _nodes((self.args, self.kwargs))
@@ -263,6 +270,20 @@ class Move(Operation):
 
 
 @dataclass(frozen=True)
+class Pick(Operation):
+    """x at computed places: `act` (labels, places) moves labels as the node moves data."""
+
+    x: Node
+    places: tuple[Node | None, ...]
+    act: Callable[[Tensor, list[Tensor | None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Create(Operation):
+    """A tensor made of its settings alone: `arange`, `zeros`."""
+
+
+@dataclass(frozen=True)
 class Cat(Operation):
     """Joined along `axis`, a new one where `stack`."""
 
@@ -295,6 +316,36 @@ class Item(Operation):
 
     x: Node
     index: int
+
+
+@dataclass(frozen=True)
+class Matmul(Operation):
+    """x @ y over the last axis of x and the last but one of y, or the last one where `transposed`."""
+
+    x: Node
+    y: Node
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Softmax(Operation):
+    """exp(x) over its sum along `axis`: what is the same all along the axis cancels."""
+
+    x: Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """softmax(scale * query @ key' + mask) @ value over the last two axes; heads stand on the axis before."""
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    causal: bool
+    scale: float
+    grouped: bool
 
 
 @dataclass(frozen=True)

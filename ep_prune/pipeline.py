@@ -20,7 +20,9 @@ from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
+from ep_prune.head_mixing import head_mixtures
 from ep_prune.mixing import mixtures
+from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
@@ -78,6 +80,7 @@ def reduce(
     verify_result: bool = True,
     progress: bool | None = None,
     domain: Any = None,
+    replace_modules: bool = False,
 ) -> Result:
     """The narrowest equivalent of a trained model that the algebra finds, verified.
 
@@ -96,6 +99,8 @@ def reduce(
         domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
             list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
             are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
+        replace_modules: exchange modules that cannot hold fewer heads (`nn.MultiheadAttention`) for ones that can
+            (`ep_prune.modules.HeadAttention`); the report names them. Without it they are kept, and named.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
@@ -105,7 +110,7 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes = prepare(model)
+        wide, notes = prepare(model, replace_modules)
         run(wide, example_inputs)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
@@ -113,7 +118,7 @@ def reduce(
         with bar:
             state = _start(wide, example_inputs, given, tol, seed, boxes)
             before = cost(wide, example_inputs)
-            state.frozen = protected(state.graph, protect)
+            state.frozen = protected(state.graph, protect) | _held_by_their_class(state)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -122,7 +127,8 @@ def reduce(
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
             stated = None if domain is None else plain(domain)
-            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes), stated)
+            own = fingerprint(wide.state_dict())
+            plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
             checked = verify(
                 wide,
                 state.model,
@@ -241,6 +247,17 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     return frozen
 
 
+def _held_by_their_class(state: State) -> dict[Axis, str]:
+    """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
+    reason = (
+        "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    )
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    return {
+        (f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(state.model) for name in names
+    }
+
+
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
     state.frozen |= read_in_training(state.model, state.graph, example_inputs)
@@ -255,8 +272,32 @@ def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any
             chosen = select(numbering, frozen_slots(numbering, state.frozen))
             if not _settle(state, records, chosen, to_round(chosen), example_inputs):
                 break
+        if _head_mixing_round(state, records, example_inputs):
+            continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
+    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
+    records.folded |= {mixture.layer for mixture in found}
+    everything = Round(
+        folds=tuple(fold for mixture in found for fold in mixture.step.folds),
+        mixes=tuple(mix for mixture in found for mix in mixture.step.mixes),
+    )
+    together = attempt_round(state, everything, example_inputs) if found else ""
+    taken = False
+    for mixture in found if isinstance(together, str) else found[:1]:
+        outcome = together if not isinstance(together, str) else attempt_round(state, mixture.step, example_inputs)
+        if isinstance(outcome, str):
+            continue
+        state.model, state.graph, step = outcome
+        state.rounds.append(step)
+        taken = True
+        for done in [mixture] if isinstance(together, str) else found:
+            records.left |= done.left
+    return taken
 
 
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
@@ -274,8 +315,8 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         if not isinstance(outcome, str):
             records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
             records.left[axis] = found.left
-            state.model, state.graph = outcome
-            state.rounds.append(found.step)
+            state.model, state.graph, step = outcome
+            state.rounds.append(step)
             return True
         state.frozen[axis] = f"rolled back: {outcome}"
 
@@ -289,7 +330,7 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
     records.add(chosen, state.frozen)
     if isinstance(outcome, str):
         return False
-    state.model, state.graph = outcome
+    state.model, state.graph, step = outcome
     state.rounds.append(step)
     return True
 
@@ -302,6 +343,8 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
+    folded: set[str] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
 

@@ -25,6 +25,7 @@ from ep_prune.calibrate import Program, Rows, positions
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import Cut, Refit, Round
 from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwise, Sum
+from ep_prune.heads import heads_of
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
@@ -300,11 +301,13 @@ class Structure:
             keep = kept[self.roots[slots]]
             if name not in done and not bool(keep.all()):
                 cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-        return Round(cuts=tuple(cuts), refits=tuple(refits))
+        heads = heads_of(self.numbering, self.roots, kept)
+        return Round(cuts=tuple(cuts), refits=tuple(refits), heads=heads)
 
 
 def _join_depthwise(slots: Slots) -> None:
-    """A group of one input goes as a whole: its input and its outputs are one channel."""
+    """A group of one input goes as a whole: its input and its outputs are one channel. So is a head."""
+    slots.join_heads()
     for constraint in slots.constraints:
         if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
             slots.unify(constraint.inputs, constraint.outputs)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
+from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Groups
 
@@ -35,6 +36,7 @@ STAYED = (
     "kept for equal parts",
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
+    NEEDED,
 )
 
 
@@ -98,17 +100,20 @@ def close(chosen: Selection) -> None:
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
         before = int(chosen.kept.sum())
-        for bound in slots.bound.values():
-            if not bool(chosen.kept[roots[bound]].any()):
-                chosen.keep(roots[bound[:1]], "last of its layer")
-        for demand in chosen.demands.values():
-            if not bool(chosen.kept[demand.roots].any()):
-                chosen.keep(demand.roots[:1], "last of its layer")
         for constraint in slots.constraints:
             if isinstance(constraint, Groups):
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
             elif isinstance(constraint, EqualCounts):
                 _even_sections(chosen, [roots[section] for section in constraint.sections])
+        close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
+        if int(chosen.kept.sum()) > before:
+            continue
+        for bound in slots.bound.values():  # last: a head that stays brings its channels along
+            if not bool(chosen.kept[roots[bound]].any()):
+                chosen.keep(roots[bound[:1]], "last of its layer")
+        for demand in chosen.demands.values():
+            if not bool(chosen.kept[demand.roots].any()):
+                chosen.keep(demand.roots[:1], "last of its layer")
         if int(chosen.kept.sum()) == before:
             return
 
@@ -235,4 +240,4 @@ def to_round(chosen: Selection) -> Round:
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
             cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-    return Round(tuple(folds), tuple(cuts))
+    return Round(tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept))

@@ -7,6 +7,7 @@ size of 1 for a constant). Parameters go by their names in the module, with ever
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import re
 import traceback
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
+from ep_prune.modules import replace_
 from ep_prune.rules import REGISTRY
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -49,11 +51,11 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
+def prepare(model: nn.Module, replace_modules: bool = False) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
-    Returns the copy and notes on what was unwrapped or baked. Raises `InputError` for what cannot be
-    handled, naming the layer and what to do.
+    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
+    `InputError` for what cannot be handled, naming the layer and what to do.
     """
     notes: list[str] = []
     if not isinstance(model, nn.Module):
@@ -83,6 +85,8 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
     if baked:
         _check_tensors(working)  # weight norm makes NaN of a row of zeros
     notes += baked
+    if replace_modules:
+        notes += replace_(working)
     return working.eval(), notes
 
 
@@ -202,12 +206,27 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                     program = program.run_decompositions(dict(_COMPOSED))
                 return _convert(program, model)
             except Exception as error:
+                if _register_dataclasses(model, example_inputs):
+                    return trace(model, example_inputs)
                 failure = failure or error
     assert failure is not None
     raise TraceError(
         f"the model cannot be exported{_stopped_at(failure)}: {_first_line(failure)}; "
         "reduce a submodule that does export instead (ep_prune.reduce(model.backbone, ...))"
     ) from failure
+
+
+def _register_dataclasses(model: nn.Module, inputs: Any) -> bool:
+    """Tell PyTorch of the dataclasses that a model returns, which it does not export otherwise; whether there were
+    any that it did not know."""
+    try:
+        leaves = pytree.tree_leaves(run(model, inputs))
+    except InputError:
+        return False
+    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    for kind in unknown:
+        torch.export.register_dataclass(kind)
+    return bool(unknown)
 
 
 def _is_functional(program: torch.export.ExportedProgram) -> bool:
@@ -318,6 +337,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             source=_source(fx.meta.get("stack_trace")),
             target=fx.target if callable(fx.target) else None,
             tensor=read,
+            sized=any(isinstance(x.meta.get("val"), torch.SymInt) for x in fx.all_input_nodes),
         )
         nodes[fx] = node
         converted.append(node)

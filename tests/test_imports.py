@@ -15,6 +15,7 @@ LINES = 450
 # From the ground up. A layer is a module or a package of `ep_prune`, by its first name.
 LAYERS = (
     "errors",
+    "modules",
     "graph",
     "slots",
     "channels",
@@ -27,11 +28,13 @@ LAYERS = (
     "numbering",
     "embedding",
     "demand",
+    "heads",
     "nearest",
     "selection",
     "rewrite",
     "spaces",
     "mixing",
+    "head_mixing",
     "verification",
     "plan",
     "trial",

@@ -220,9 +220,11 @@ def _new_rows(n: Numbering, signature: str, vectors: Dense | Sparse, offset: Ten
 
 @transfer.register(Lookup)
 def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
-    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear)."""
-    if isinstance(n.values[op.index], Known):
-        raise Refused("a lookup at fixed places")
+    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear).
+
+    So too where the places are known: what holds for every place holds for sequences of other lengths.
+    """
+    n.sink(n.values[op.index], f"the places that are looked up in {node.where}")
     table = n.tensor(op.table).T
     mean = table.mean(1)
     varying = table - mean.unsqueeze(1)

@@ -115,6 +115,10 @@ class Numbering:
     sinks: list[tuple[Channels, str]] = field(default_factory=list)
     barriers: dict[str, str] = field(default_factory=dict)
     pinned_tensors: dict[str, str] = field(default_factory=dict)
+    sums_to_one: set[int] = field(default_factory=set)
+    """ids of Channels that sum up to 1 over their last axis (softmax)."""
+    gathers: dict[int, tuple[Channels, Tensor, Tensor]] = field(default_factory=dict)
+    """id of a Channels whose positions are rearranged -> the Channels, rows and positions that they are of."""
     _recorded: set[int] = field(default_factory=set)
     _leaders: dict[tuple[object, ...], list[tuple[Dense | Sparse, Tensor, Tensor]]] = field(default_factory=dict)
     _on_axis: dict[tuple[object, ...], Channels] = field(default_factory=dict)
