@@ -194,7 +194,7 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
             demand.scale = torch.ones(size, dtype=torch.float64)
             demand.nets = [
                 without_negligible(
-                    torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight), p.x.rows, p.size, demand.eps
+                    torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight), p.x.rows.norm(), p.size, demand.eps
                 )
                 for p in ports
             ]
@@ -229,12 +229,15 @@ def _readers(graph: Graph) -> dict[Node | str, list[Node]]:
 
 
 def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Tensor:
-    """What the classes of `leader` send through one use; what cancels to rounding is zero."""
+    """What the classes of `leader` send through one use; what cancels to rounding is zero.
+
+    A constant may be a class here, and so its offset counts.
+    """
     terms = port.weight * torch.where(constant, 0.0, scale).reshape(-1, 1, 1)
     net = torch.zeros_like(terms).index_add_(0, leader, terms)
     size = torch.zeros_like(terms).index_add_(0, leader, terms.abs())
     net = torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
-    return without_negligible(net, port.x.rows, port.size, eps)
+    return without_negligible(net, port.x.rows.norm(), port.size, eps)
 
 
 def _join_uses(demand: Demand) -> None:

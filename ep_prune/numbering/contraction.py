@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ep_prune.channels import ONE, Channels, Rows, along, mix, number
 from ep_prune.find import MARGIN, Dense, Freedom, Sparse
-from ep_prune.graph import Contract, Lookup, Node
+from ep_prune.graph import Contract, Lookup, Node, Pick
 from ep_prune.numbering.align import on_axis
 from ep_prune.numbering.elementwise import _position_shape, transfer
 from ep_prune.numbering.state import Known, Numbering, Port, Refused, Value
@@ -47,7 +47,7 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
         offset = offset + bias
         error = (error.square() + (n.eps(op.bias) * bias).square()).sqrt()
     size = _size(net, x.rows, pattern, offset)
-    net = without_negligible(net, x.rows, size, eps)
+    net = without_negligible(net, x.rows.linear_norm(), size, eps)
     pattern = torch.where(pattern.abs() <= unseen(eps) * size.unsqueeze(2), 0.0, pattern)
     pattern_rows = torch.where(interior, 0.0, pattern)
 
@@ -114,14 +114,15 @@ def _size(net: Tensor, rows: Rows, pattern: Tensor, offset: Tensor) -> Tensor:
     return (square.reshape(groups, -1, outputs).sum(1) + constants).sqrt()
 
 
-def without_negligible(net: Tensor, rows: Rows, size: Tensor, eps: float) -> Tensor:
-    """`net` (n, O/G, taps) without the weights that no output of this `size` (G, O/G) can show.
+def without_negligible(net: Tensor, norm: Tensor, size: Tensor, eps: float) -> Tensor:
+    """`net` (n, O/G, taps), on inputs of size `norm` (n,), without the weights that no output of this `size`
+    (G, O/G) can show.
 
     Weight decay shrinks what no gradient holds to 1e-20 and less, and sums that cancel leave such numbers.
     """
     groups, outputs = size.shape
     limit = unseen(eps) * size.unsqueeze(1).expand(groups, len(net) // groups, outputs).reshape(net.shape[:2])
-    negligible = net.abs() * rows.linear_norm().reshape(-1, 1, 1) <= limit.unsqueeze(2)
+    negligible = net.abs() * norm.reshape(-1, 1, 1) <= limit.unsqueeze(2)
     return torch.where(negligible, 0.0, net)
 
 
@@ -225,15 +226,44 @@ def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
     So too where the places are known: what holds for every place holds for sequences of other lengths.
     """
     n.sink(n.values[op.index], f"the places that are looked up in {node.where}")
-    table = n.tensor(op.table).T
+    return _looked_up(n, op.table, op.index, node)
+
+
+def _looked_up(n: Numbering, source: Node, index: Node, node: Node) -> Channels:
+    table = n.tensor(source).T
     mean = table.mean(1)
     varying = table - mean.unsqueeze(1)
     flat = (table == table[:, :1]).all(1)
     varying = torch.where(flat.unsqueeze(1), 0.0, varying)
     mean = torch.where(flat, table[:, 0], mean)
-    error = n.eps(op.table) * table.norm(dim=1)
+    error = n.eps(source) * table.norm(dim=1)
     keys = mix(number("vocabulary"), torch.arange(table.shape[1]))
-    rows = _new_rows(n, f"lookup {op.index.name}", Dense(varying, keys, error), mean, error)
-    slots = n.slots.of(str(op.table.tensor), 1, len(table))
+    rows = _new_rows(n, f"lookup {index.name}", Dense(varying, keys, error), mean, error)
+    slots = n.slots.of(str(source.tensor), 1, len(table))
     labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(len(table)))
     return n.record(Channels(node.shape or (), labels, rows, slots))
+
+
+@transfer.register(Pick)
+def _pick(op: Pick, node: Node, n: Numbering) -> Value:
+    """Of a known tensor: at places that are known, too, it is moved as data is."""
+    x = n.values[op.x]
+    places = [None if place is None else (place, n.values[place]) for place in op.places]
+    known = [
+        None if place is None else place[1].value.to(place[0].dtype)
+        for place in places
+        if place is None or isinstance(place[1], Known)
+    ]
+    if not isinstance(x, Known) or len(known) < len(places):
+        raise Refused("indexed by a computed tensor")
+    for place in places:
+        if place is not None:
+            n.sink(place[1], f"places that are picked in {node.where}")
+    rows = op.places[0] if len(op.places) == 1 and (node.op == "aten.index.Tensor" or node.args[1] == 0) else None
+    if rows is not None and op.x.tensor is not None and x.value.ndim == 2 and rows.dtype in _INDICES:
+        return _looked_up(n, op.x, rows, node)
+    index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
+    return Known(op.act(x.value, known), x.name, op.act(index.reshape(x.value.shape), known))
+
+
+_INDICES = (torch.int64, torch.int32)

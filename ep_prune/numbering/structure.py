@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ep_prune.channels import Channels, Edge, Rows, along, mix, number
 from ep_prune.evaluate import call
-from ep_prune.graph import Cat, Create, Move, Node, Pad, Pick, Split
+from ep_prune.graph import Cat, Create, Move, Node, Pad, Split
 from ep_prune.numbering.align import known_on, materialize, on_axis, regroup
 from ep_prune.numbering.elementwise import identity_edge, transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
@@ -29,25 +29,6 @@ def _move(op: Move, node: Node, n: Numbering) -> Value:
         raise Refused("several tensors at once")
     labels, places = materialize(x)
     return regroup(n, x, op.act(labels.contiguous()), op.act(places.contiguous()), op.regroup)
-
-
-@transfer.register(Pick)
-def _pick(op: Pick, node: Node, n: Numbering) -> Value:
-    """Of a known tensor: at places that are known, too, it is moved as data is."""
-    x = n.values[op.x]
-    places = [None if place is None else (place, n.values[place]) for place in op.places]
-    known = [
-        None if place is None else place[1].value.to(place[0].dtype)
-        for place in places
-        if place is None or isinstance(place[1], Known)
-    ]
-    if not isinstance(x, Known) or len(known) < len(places):
-        raise Refused("indexed by a computed tensor")
-    for place in places:
-        if place is not None:
-            n.sink(place[1], f"places that are picked in {node.where}")
-    index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-    return Known(op.act(x.value, known), x.name, op.act(index.reshape(x.value.shape), known))
 
 
 @transfer.register(Create)
