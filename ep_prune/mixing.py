@@ -205,7 +205,8 @@ def _balanced(place: _Place, spots: Sequence[Tensor | None], back: Tensor, bias:
     matrix, target = torch.cat(columns), torch.cat(targets).unsqueeze(1)
     if not len(matrix):
         return torch.zeros(back.shape[1], dtype=torch.float64)
-    return torch.linalg.lstsq(matrix, target, driver="gelsd").solution.squeeze(1)
+    found: Tensor = torch.linalg.lstsq(matrix, target, driver="gelsd").solution.squeeze(1)
+    return found
 
 
 def _consumer_folds(
