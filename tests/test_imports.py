@@ -21,6 +21,7 @@ LAYERS = (
     "channels",
     "rules",
     "trace",
+    "sharing",
     "cost",
     "evaluate",
     "bounds",

@@ -314,5 +314,7 @@ def _broadcast(n: Numbering, x: Channels, like: Channels, shape: tuple[int, ...]
     rows = x.rows if old == new else x.rows.mapped(number(f"expand {old} to {new}"))
     if rows is x.rows and n.is_recorded(x):
         return x
+    if not n.is_recorded(x):  # given axes in front: its edges lead to what is on the tape
+        return n.record(replace(x, rows=rows))
     index = torch.arange(len(x.rows))
     return n.record(replace(x, rows=rows, edges=(Edge(x, index, index),)))

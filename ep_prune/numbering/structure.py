@@ -23,8 +23,8 @@ def _move(op: Move, node: Node, n: Numbering) -> Value:
     if isinstance(x, Unknown):
         return Unknown(int(mix(number(f"{node.op} {node.args[1:]}"), x.number)), node.shape or (), x.origin)
     if isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        return Known(op.act(x.value), x.name, op.act(index.reshape(x.value.shape)))
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        return Known(op.act(x.stored), x.name, op.act(index.reshape(x.stored.shape)))
     if not isinstance(x, Channels):
         raise Refused("several tensors at once")
     labels, places = materialize(x)
@@ -77,8 +77,8 @@ def _split(op: Split, node: Node, n: Numbering) -> Value:
             for k in wanted
         ]
     elif isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        results = [Known(cut(x.value, k), x.name, cut(index.reshape(x.value.shape), k)) for k in wanted]
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        results = [Known(cut(x.stored, k), x.name, cut(index.reshape(x.stored.shape), k)) for k in wanted]
     else:
         raise Refused("several tensors at once")
     return tuple(results) if op.take is None else results[0]

@@ -32,7 +32,7 @@ def number_channels(
     n = Numbering(graph, tolerance, slots or Slots(), ranges or {})
     for node in graph.nodes:
         if node.tensor is not None:
-            n.values[node] = Known(n.tensor(node), node.tensor)
+            n.values[node] = Known(graph.tensors[node.tensor].detach(), node.tensor)
         elif node.target is None:
             n.values[node] = Unknown(n.unknown(node).number, node.shape or (), f"the input {node.name}")
         else:
