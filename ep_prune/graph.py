@@ -15,6 +15,8 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Pad        zeros or a constant around space or channels
     Move       data movement; acts on channel labels exactly as on data
     Split      Move into several tensors, whose sizes stand in the user's code
+    Pick       Move to places that are computed
+    Create     a tensor of numbers that stand in the user's code (arange, zeros)
     Matmul     of two computed tensors: attention's scores, and the mean of the values by them
     Softmax    over an axis of positions
     Attention  both at once, with the softmax between them (scaled_dot_product_attention)
@@ -49,6 +51,8 @@ class Node:
     target: Callable[..., Any] | None = None
     tensor: str | None = None
     """Full name of the parameter, buffer or constant that this node reads, if it reads one."""
+    sized: bool = False
+    """Whether a free size (the batch) stands in its arguments: they are those of the example alone."""
 
     def operands(self) -> Iterator[Node]:
         yield from _nodes((self.args, self.kwargs))
@@ -263,6 +267,20 @@ class Move(Operation):
     inputs: tuple[Node, ...]
     act: Callable[..., Tensor]
     regroup: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Pick(Operation):
+    """x at computed places: `act` (labels, places) moves labels as the node moves data."""
+
+    x: Node
+    places: tuple[Node | None, ...]
+    act: Callable[[Tensor, list[Tensor | None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Create(Operation):
+    """A tensor made of its settings alone: `arange`, `zeros`."""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,8 @@ def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) ->
         for kind, refresh in _ATTRIBUTES:
             if isinstance(module, kind):
                 refresh(module)
+        if type(module).__name__ == "Conv1D" and {"nf", "nx"} & vars(module).keys():
+            _linear_of_transformers(module)
 
 
 def count_heads_(module: nn.Module, heads: Heads) -> None:
@@ -173,6 +175,13 @@ _REPEATS = {"num_key_value_groups", "n_rep", "num_queries_per_kv", "repeats", "r
 def _linear(module: nn.Module) -> None:
     assert isinstance(module, nn.Linear)
     module.out_features, module.in_features = module.weight.shape
+
+
+def _linear_of_transformers(module: nn.Module) -> None:
+    """transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    for name, size in zip(("nx", "nf"), module.get_parameter("weight").shape, strict=True):
+        if hasattr(module, name):
+            setattr(module, name, size)
 
 
 def _convolution(module: nn.Module) -> None:
