@@ -299,17 +299,15 @@ def _looked_up(n: Numbering, source: Node, index: Node, node: Node) -> Channels:
 def _pick(op: Pick, node: Node, n: Numbering) -> Value:
     """Of a known tensor: at places that are known, too, it is moved as data is."""
     x = n.values[op.x]
-    places = [None if place is None else (place, n.values[place]) for place in op.places]
-    known = [
-        None if place is None else place[1].value.to(place[0].dtype)
-        for place in places
-        if place is None or isinstance(place[1], Known)
-    ]
-    if not isinstance(x, Known) or len(known) < len(places):
-        raise Refused("indexed by a computed tensor")
-    for place in places:
-        if place is not None:
-            n.sink(place[1], f"places that are picked in {node.where}")
+    known: list[Tensor | None] = []
+    for place in op.places:
+        value = None if place is None else n.values[place]
+        if not isinstance(x, Known) or not (value is None or isinstance(value, Known)):
+            raise Refused("indexed by a computed tensor")
+        if value is not None:
+            n.sink(value, f"places that are picked in {node.where}")
+        known.append(None if value is None or place is None else value.value.to(place.dtype))
+    assert isinstance(x, Known)
     rows = op.places[0] if len(op.places) == 1 and (node.op == "aten.index.Tensor" or node.args[1] == 0) else None
     if rows is not None and op.x.tensor is not None and x.value.ndim == 2 and rows.dtype in _INDICES:
         return _looked_up(n, op.x, rows, node)
