@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_prune.graph import Barrier, Cat, Move, Node, Operation, Pass, Pick, Split
+from ep_prune.graph import Cat, Move, Node, Operation, Pass, Pick, Split
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 

@@ -53,7 +53,7 @@ def instance_norm(node: Node, tensors: Tensors) -> Operation:
 @rule("aten.group_norm", "aten.native_group_norm")
 def group_norm(node: Node, tensors: Tensors) -> Operation:
     call = arguments(node)
-    weight, bias, groups = call["weight"], call["bias"], call.get("num_groups", call.get("group"))
+    weight, bias, groups = call["weight"], call["bias"], call["num_groups" if "num_groups" in call else "group"]
     if any(part is not None and part.tensor is None for part in (weight, bias)):
         return Barrier("its weights are computed in the forward pass")
     if groups == call["input"].shape[1]:
