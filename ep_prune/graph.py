@@ -8,6 +8,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
     Standardize                                 layer norm: sees all channels
+    Instance, GroupStandardize, RootMeanSquare  the other norms
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
     Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
@@ -183,6 +184,33 @@ class Standardize(Operation):
     weight: Node | None
     bias: Node | None
     eps: float
+
+
+@dataclass(frozen=True)
+class Instance(Operation):
+    """Instance norm: every channel of axis 1 by itself, with its moments over space."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class GroupStandardize(Operation):
+    """Group norm: moments over space and the channels of one of `groups` groups, axis 1."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+    groups: int
+
+
+@dataclass(frozen=True)
+class RootMeanSquare(Operation):
+    """RMS norm: x / sqrt(mean of x^2 + eps) * weight, the mean over the channels, the last axis."""
+
+    x: Node
+    weight: Node | None
 
 
 @dataclass(frozen=True)

@@ -345,6 +345,13 @@ for _kind in ("addmm", "mm", "matmul"):
     add(_kind, product(_kind), VECTOR, ODD if _kind == "addmm" else (A, B, SCALED, K2), producer="")
 
 
+# ---- other norms: instance norm lets a sign through, the others keep their channels ------------------------------
+
+add("instance norm", chain(lambda x: F.instance_norm(x), space=2), PLANE, ODD)
+add("group norm", chain(lambda x: F.group_norm(x, 2), space=2), PLANE, ALL)
+add("rms norm", chain(lambda x: F.rms_norm(x, (8,))), VECTOR, ALL)
+
+
 # ---- batch norm -----------------------------------------------------------------------------------------------
 
 
@@ -965,6 +972,7 @@ ELSEWHERE = {
     **dict.fromkeys(("unflatten.int", "_unsafe_view", "view_copy", "permute_copy"), "aten.view"),
     "aten._native_batch_norm_legit_no_training": "aten.batch_norm",
     "aten.native_layer_norm": "aten.layer_norm",
+    "aten.native_group_norm": "aten.group_norm",
     "aten.where.ScalarSelf": "aten.where.self",
     **dict.fromkeys(("expand_copy", "movedim.intlist", "swapaxes", "numpy_T"), "aten.view"),
     "aten.native_channel_shuffle": "aten.view",

@@ -304,10 +304,9 @@ def _pick(op: Pick, node: Node, n: Numbering) -> Value:
         value = None if place is None else n.values[place]
         if not isinstance(x, Known) or not (value is None or isinstance(value, Known)):
             raise Refused("indexed by a computed tensor")
-        known.append(None if place is None or value is None else value.value.to(place.dtype))
-    for place in op.places:
-        if place is not None:
-            n.sink(n.values[place], f"places that are picked in {node.where}")
+        if value is not None:
+            n.sink(value, f"places that are picked in {node.where}")
+        known.append(None if value is None or place is None else value.value.to(place.dtype))
     assert isinstance(x, Known)
     rows = op.places[0] if len(op.places) == 1 and (node.op == "aten.index.Tensor" or node.args[1] == 0) else None
     if rows is not None and op.x.tensor is not None and x.value.ndim == 2 and rows.dtype in _INDICES:

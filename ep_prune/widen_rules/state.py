@@ -123,7 +123,7 @@ class Wide:
         return self.add_up(x, self.d, k)
 
     def shares_over_scales(self) -> Tensor:
-        """(N,) the entries of B', one for each row of T: what the backward condition needs, with B' T = I."""
+        """The entries (N,) of B', one for each row of T: what the backward condition needs, with B' T = I."""
         return torch.where(self.null, 0.0, self.share / torch.where(self.null, 1.0, self.d))
 
     def squares(self, k: int) -> Tensor:
