@@ -9,7 +9,8 @@ What is done, all of it, in this order:
    epoch. The test images serve for the accuracies of the table alone: nothing is chosen by them.
 2. *Network.* 2x2 patches give 16 tokens of width 64; 4 blocks of attention (8 heads of 8) and an MLP (256, GELU),
    each behind a layer norm; the mean over the tokens is read by a linear layer. Trained from three seeds by AdamW
-   with one cycle of the learning rate, at settings that were written down before the first run.
+   with one cycle of the learning rate. The first try, of 40 epochs, left 4 % of its own training images wrong; 80
+   were then taken, and nothing else was tried.
 3. *Budget.* Counted are the multiply-accumulates of one image in the linear layers of attention and MLPs: `qkv`,
    `proj`, `fc1`, `fc2` of every block. Half of them may stay. The patches' embedding, the layer norms and the last
    layer are outside of the count, and so are the products of queries with keys and of weights with values, which
@@ -24,7 +25,7 @@ What is done, all of it, in this order:
                         G the uncentred Gram matrix of what it reads, front to back on the narrow network's own
                         activations; without intercept, after GRAIL (2026)
 
-Written are `results.json`, `results.md` and, with matplotlib, `accuracy.png`: accuracy over the share that is kept.
+Written are `results.json`, `results.md` and, with matplotlib, `accuracy.png`: accuracy over the share kept.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ RIDGE = 1e-3
 class Settings:
     """All that decides the networks, besides the seed."""
 
-    epochs: int = 40
+    epochs: int = 80
     batch: int = 64
     rate: float = 2e-3
     weight_decay: float = 0.05
@@ -89,6 +90,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and an MLP, each behind a layer norm and added to what comes in."""
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
