@@ -29,7 +29,8 @@ def _act(node: Node) -> Callable[[Tensor], Tensor]:
       "aten.permute", "aten.transpose.int", "aten.t", "aten.squeeze", "aten.squeeze.dim", "aten.squeeze.dims",
       "aten.unsqueeze", "aten.expand", "aten.repeat", "aten.flip", "aten.roll", "aten.movedim.intlist",
       "aten.swapaxes", "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.unfold",
-      "aten.view_copy", "aten.permute_copy", "aten.expand_copy", "aten.numpy_T", "aten.tile")  # fmt: skip
+      "aten.view_copy", "aten.permute_copy", "aten.expand_copy", "aten.numpy_T", "aten.tile",
+      "aten.repeat_interleave.self_int")  # fmt: skip
 def move(node: Node, tensors: Tensors) -> Operation:
     return Move((node.args[0],), _act(node))
 
