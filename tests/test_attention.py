@@ -115,12 +115,13 @@ def test_a_mask_that_hides_everything_keeps_constant_values() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = Attention(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m.mask))
-            self.head = nn.Linear(12, 3)
+            self.block, self.head = Attention(WAYS["fused"]), nn.Linear(12, 3)
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            self.block.mask = mask
-            out: Tensor = self.head(self.block(x))
+            block = self.block
+            q, k, v = (part(x).unflatten(-1, (4, 3)).transpose(1, 2) for part in (block.q, block.k, block.v))
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out: Tensor = self.head(block.o(seen.transpose(1, 2).flatten(2)))
             return out
 
     model = Masked().double().eval()
