@@ -30,8 +30,8 @@ def prepare_and_run(
 ) -> tuple[nn.Module, list[str], bool]:
     """`prepare`, once the copy is seen to run on `inputs`; and whether it shares the model's parameters.
 
-    A large one does unless the forward pass writes into one (a weight clipped or normalized in place, an embedding's
-    max_norm), for the user's model must stay as it is. A small one is copied: that is faster than casts are.
+    A large one does unless the forward pass writes into one (a weight clipped or normalized in place, an
+    embedding's max_norm), for the user's model must stay as it is. A small one is copied: casts take longer.
     """
     if isinstance(model, nn.Module) and _is_large(model):
         with contextlib.suppress(Exception):  # the second attempt will say what is wrong
