@@ -226,7 +226,10 @@ def _readers(graph: Graph) -> dict[Node | str, list[Node]]:
 
 
 def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Net:
-    """What the classes of `leader` send through one use; what cancels to rounding is zero."""
+    """What the classes of `leader` send through one use; what cancels to rounding is zero.
+
+    A constant may be a class here, and so its offset counts.
+    """
     factor = torch.where(constant, 0.0, scale).reshape(-1, 1, 1)
 
     def make(outputs: Outputs) -> Tensor:
@@ -234,7 +237,7 @@ def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: fl
         net = torch.zeros_like(terms).index_add_(0, leader, terms)
         size = torch.zeros_like(terms).index_add_(0, leader, terms.abs())
         net = torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
-        return without_negligible(net, port.x.rows, port.size[:, outputs], eps)
+        return without_negligible(net, port.x.rows.norm(), port.size[:, outputs], eps)
 
     return Net(port.use, make)
 
@@ -245,7 +248,7 @@ def _net_of_each(port: Port, constant: Tensor, eps: float) -> Net:
 
     def make(outputs: Outputs) -> Tensor:
         net = torch.where(fixed, 0.0, port.use.weight(outputs))
-        return without_negligible(net, port.x.rows, port.size[:, outputs], eps)
+        return without_negligible(net, port.x.rows.norm(), port.size[:, outputs], eps)
 
     return Net(port.use, make)
 

@@ -119,7 +119,7 @@ def reduce(
         with bar:
             state = _start(wide, example_inputs, given, tol, seed, boxes, shares)
             before = cost(wide, example_inputs)
-            state.frozen = protected(state.graph, protect) | _held_by_their_class(state)
+            state.frozen = protected(state.graph, protect) | held_by_their_class(state.model)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -255,15 +255,13 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     return frozen
 
 
-def _held_by_their_class(state: State) -> dict[Axis, str]:
+def held_by_their_class(model: nn.Module) -> dict[Axis, str]:
     """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
     reason = (
         "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
     )
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
-    return {
-        (f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(state.model) for name in names
-    }
+    return {(f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(model) for name in names}
 
 
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:

@@ -15,7 +15,7 @@ functions of `kept`: a bool for every slot root (`slots`).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ from ep_prune.heads import heads_of
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
-from ep_prune.slots import EqualCounts, Groups, Slots
+from ep_prune.slots import Blends, EqualCounts, Groups, Slots
 from ep_prune.spaces import spaces
 
 LARGEST = 4700
@@ -122,7 +122,10 @@ class Free:
     name: str
     roots: Tensor
     longest: Tensor
-    """The roots along its longest axis, kept ones and all: what `round_to` counts."""
+    """The roots along its longest axis, kept ones and all: what `min_width` counts."""
+    widths: tuple[Tensor, ...]
+    """The roots along every axis that these channels make up, each of which `round_to` counts: of heads, their
+    queries, keys, values and outputs."""
     sections: Tensor | None = None
     """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no
     such."""
@@ -195,8 +198,15 @@ class Structure:
             own = torch.unique(torch.cat(axes))
             free = own[~self.pinned[own]]
             if len(free) > (0 if len(free) < len(own) else 1):
-                found.append(Free(space.name, free, max(axes, key=len), self._sections(free)))
+                longest = max(axes, key=len)
+                found.append(Free(space.name, free, longest, self._widths(axes, longest), self._sections(free)))
         return found
+
+    def _widths(self, axes: Sequence[Tensor], longest: Tensor) -> tuple[Tensor, ...]:
+        own = torch.unique(longest)
+        blends = (c for c in self.numbering.slots.constraints if isinstance(c, Blends))
+        outputs = [self.roots[blend.out].reshape(-1) for blend in blends]
+        return tuple(axis for axis in [*axes, *outputs] if torch.equal(torch.unique(axis), own))
 
     def _sections(self, free: Tensor) -> Tensor | None:
         for constraint in self.numbering.slots.constraints:

@@ -136,6 +136,8 @@ def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) ->
         for kind, refresh in _ATTRIBUTES:
             if isinstance(module, kind):
                 refresh(module)
+        if type(module).__name__ == "Conv1D" and {"nf", "nx"} & vars(module).keys():
+            _linear_of_transformers(module)
 
 
 def count_heads_(module: nn.Module, heads: Heads) -> None:
@@ -175,6 +177,13 @@ def _linear(module: nn.Module) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
+def _linear_of_transformers(module: nn.Module) -> None:
+    """transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    for name, size in zip(("nx", "nf"), module.get_parameter("weight").shape, strict=True):
+        if hasattr(module, name):
+            setattr(module, name, size)
+
+
 def _convolution(module: nn.Module) -> None:
     assert isinstance(module, nn.modules.conv._ConvNd)
     first, second = module.weight.shape[:2]
@@ -197,6 +206,19 @@ def _layer_norm(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
+def _group_norm(module: nn.Module) -> None:
+    assert isinstance(module, nn.GroupNorm) and module.weight is not None
+    if module.num_groups == module.num_channels:
+        module.num_groups = len(module.weight)
+    module.num_channels = len(module.weight)
+
+
+def _root_mean_square(module: nn.Module) -> None:
+    assert isinstance(module, nn.RMSNorm)
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
 def _prelu(module: nn.Module) -> None:
     assert isinstance(module, nn.PReLU)
     module.num_parameters = module.weight.numel()
@@ -212,6 +234,8 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.modules.conv._ConvNd, _convolution),
     (nn.modules.batchnorm._NormBase, _norm),
     (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.RMSNorm, _root_mean_square),
     (nn.PReLU, _prelu),
     (nn.Embedding, _table),
 )

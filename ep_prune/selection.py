@@ -37,6 +37,7 @@ STAYED = (
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
     NEEDED,
+    "a constant that no bias can take: zero padding follows, or there is no bias",
 )
 
 
@@ -92,7 +93,9 @@ def _hit_classes(chosen: Selection, demand: Demand) -> None:
     hit = torch.zeros(n, dtype=torch.bool)
     hit[demand.leader[kept]] = True
     missing = demand.live & ~hit & some
-    chosen.keep(demand.roots[demand.prefer[missing]], "distinct and read")
+    constant = demand.port.x.rows.is_constant()
+    chosen.keep(demand.roots[demand.prefer[missing & ~constant]], "distinct and read")
+    chosen.keep(demand.roots[demand.prefer[missing & constant]], STAYED[-1])
 
 
 def close(chosen: Selection) -> None:

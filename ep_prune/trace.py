@@ -345,6 +345,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             source=_source(fx.meta.get("stack_trace")),
             target=fx.target if callable(fx.target) else None,
             tensor=read,
+            sized=any(isinstance(x.meta.get("val"), torch.SymInt) for x in fx.all_input_nodes),
         )
         nodes[fx] = node
         converted.append(node)

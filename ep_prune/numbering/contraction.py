@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ep_prune.channels import ONE, Channels, Rows, along, mix, number
 from ep_prune.find import BLOCK, MARGIN, Classes, Dense, Freedom, Sparse, in_blocks
-from ep_prune.graph import Contract, Lookup, Node
+from ep_prune.graph import Contract, Lookup, Node, Pick
 from ep_prune.numbering.align import on_axis
 from ep_prune.numbering.elementwise import _position_shape, transfer
 from ep_prune.numbering.state import Known, Numbering, Port, Refused, Value
@@ -108,7 +108,7 @@ class _Measured:
         """(n, O/G, taps) what every class sends, at its leader's place, to some outputs."""
         weight = self.use.weight(outputs)
         net, _ = _net(weight, self.classes.leader, self.classes.scale, self.constant, self.rows, self.eps)
-        return without_negligible(net, self.rows, self.size[:, outputs], self.eps)
+        return without_negligible(net, self.rows.linear_norm(), self.size[:, outputs], self.eps)
 
 
 def _net(
@@ -155,14 +155,15 @@ def _size(net: Tensor, rows: Rows, pattern: Tensor, offset: Tensor) -> Tensor:
     return (square.reshape(groups, -1, outputs).sum(1) + constants).sqrt()
 
 
-def without_negligible(net: Tensor, rows: Rows, size: Tensor, eps: float) -> Tensor:
-    """`net` (n, O/G, taps) without the weights that no output of this `size` (G, O/G) can show.
+def without_negligible(net: Tensor, norm: Tensor, size: Tensor, eps: float) -> Tensor:
+    """`net` (n, O/G, taps), on inputs of size `norm` (n,), without the weights that no output of this `size`
+    (G, O/G) can show.
 
     Weight decay shrinks what no gradient holds to 1e-20 and less, and sums that cancel leave such numbers.
     """
     groups, outputs = size.shape
     limit = unseen(eps) * size.unsqueeze(1).expand(groups, len(net) // groups, outputs).reshape(net.shape[:2])
-    negligible = net.abs() * rows.linear_norm().reshape(-1, 1, 1) <= limit.unsqueeze(2)
+    negligible = net.abs() * norm.reshape(-1, 1, 1) <= limit.unsqueeze(2)
     return torch.where(negligible, 0.0, net)
 
 
@@ -263,10 +264,16 @@ def _new_rows(n: Numbering, signature: str, vectors: Dense | Sparse, offset: Ten
 
 @transfer.register(Lookup)
 def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
-    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear)."""
-    if isinstance(n.values[op.index], Known):
-        raise Refused("a lookup at fixed places")
-    table = n.graph.tensors[str(op.table.tensor)].detach().T
+    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear).
+
+    So too where the places are known: what holds for every place holds for sequences of other lengths.
+    """
+    n.sink(n.values[op.index], f"the places that are looked up in {node.where}")
+    return _looked_up(n, op.table, op.index, node)
+
+
+def _looked_up(n: Numbering, source: Node, index: Node, node: Node) -> Channels:
+    table = n.graph.tensors[str(source.tensor)].detach().T
     size, words = table.shape
     fits = n.has_room(table.numel())
     blocks = in_blocks(torch.arange(size), size if fits else max(1, BLOCK // words))
@@ -281,8 +288,31 @@ def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
         return torch.where(flat[place].unsqueeze(1), 0.0, column(place) - mean[place].unsqueeze(1))
 
     keys = mix(number("vocabulary"), torch.arange(words))
-    matrix = Dense(varying(torch.arange(size)) if fits else varying, keys, n.eps(op.table) * norm)
-    rows = _new_rows(n, f"lookup {op.index.name}", matrix, torch.where(flat, first, mean), matrix.error)
-    slots = n.slots.of(str(op.table.tensor), 1, size)
+    matrix = Dense(varying(torch.arange(size)) if fits else varying, keys, n.eps(source) * norm)
+    rows = _new_rows(n, f"lookup {index.name}", matrix, torch.where(flat, first, mean), matrix.error)
+    slots = n.slots.of(str(source.tensor), 1, size)
     labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(size))
     return n.record(Channels(node.shape or (), labels, rows, slots))
+
+
+@transfer.register(Pick)
+def _pick(op: Pick, node: Node, n: Numbering) -> Value:
+    """Of a known tensor: at places that are known, too, it is moved as data is."""
+    x = n.values[op.x]
+    known: list[Tensor | None] = []
+    for place in op.places:
+        value = None if place is None else n.values[place]
+        if not isinstance(x, Known) or not (value is None or isinstance(value, Known)):
+            raise Refused("indexed by a computed tensor")
+        if value is not None:
+            n.sink(value, f"places that are picked in {node.where}")
+        known.append(None if value is None or place is None else value.value.to(place.dtype))
+    assert isinstance(x, Known)
+    rows = op.places[0] if len(op.places) == 1 and (node.op == "aten.index.Tensor" or node.args[1] == 0) else None
+    if rows is not None and op.x.tensor is not None and x.value.ndim == 2 and rows.dtype in _INDICES:
+        return _looked_up(n, op.x, rows, node)
+    index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
+    return Known(op.act(x.value, known), x.name, op.act(index.reshape(x.value.shape), known))
+
+
+_INDICES = (torch.int64, torch.int32)

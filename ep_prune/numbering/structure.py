@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import Channels, Edge, Rows, along, mix, number
-from ep_prune.graph import Cat, Move, Node, Pad, Split
+from ep_prune.evaluate import call
+from ep_prune.graph import Cat, Create, Move, Node, Pad, Split
 from ep_prune.numbering.align import known_on, materialize, on_axis, regroup
 from ep_prune.numbering.elementwise import identity_edge, transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
@@ -28,6 +29,14 @@ def _move(op: Move, node: Node, n: Numbering) -> Value:
         raise Refused("several tensors at once")
     labels, places = materialize(x)
     return regroup(n, x, op.act(labels.contiguous()), op.act(places.contiguous()), op.regroup)
+
+
+@transfer.register(Create)
+def _create(op: Create, node: Node, n: Numbering) -> Value:
+    made = call(node, {}, torch.device("cpu"))
+    if int(made.numel()) > 2**24:
+        raise Refused("a large tensor of constants")
+    return Known(made)
 
 
 @transfer.register(Split)
