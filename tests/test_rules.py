@@ -345,7 +345,7 @@ for _kind in ("addmm", "mm", "matmul"):
     add(_kind, product(_kind), VECTOR, ODD if _kind == "addmm" else (A, B, SCALED, K2), producer="")
 
 
-# ---- other norms: instance norm lets a sign through, the others keep their channels ----------------------------
+# ---- other norms: instance norm lets a sign through, the others keep their channels ---------------------------
 
 add("instance norm", chain(lambda x: F.instance_norm(x), space=2), PLANE, ODD)
 add("group norm", chain(lambda x: F.group_norm(x, 2), space=2), PLANE, ALL)
