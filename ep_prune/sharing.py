@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ep_prune.errors import InputError
 from ep_prune.trace import own_parameters, prepare, run
 
+SMALL = 2**22
+"""How many parameters make no difference in memory."""
+
 
 def copy_of(model: nn.Module, share: bool) -> nn.Module:
     """A copy; share: its parameters are in the memory of the model's, until they are replaced."""
@@ -27,17 +30,24 @@ def prepare_and_run(
 ) -> tuple[nn.Module, list[str], bool]:
     """`prepare`, once the copy is seen to run on `inputs`; and whether it shares the model's parameters.
 
-    It does unless the forward pass writes into one (a weight clipped or normalized in place, an embedding's
-    max_norm), for the user's model must stay as it is.
+    A large one does unless the forward pass writes into one (a weight clipped or normalized in place, an
+    embedding's max_norm), for the user's model must stay as it is. A small one is copied: casts take longer.
     """
-    with contextlib.suppress(Exception):  # the second attempt will say what is wrong
-        working, notes = prepare(model, replace_modules, share=True)
-        with _NoWriting(_memory(model)):
-            run(working, inputs)
-        return working, notes, True
+    if isinstance(model, nn.Module) and _is_large(model):
+        with contextlib.suppress(Exception):  # the second attempt will say what is wrong
+            working, notes = prepare(model, replace_modules, share=True)
+            with _NoWriting(_memory(model)):
+                run(working, inputs)
+            return working, notes, True
     working, notes = prepare(model, replace_modules)
     run(working, inputs)
     return working, notes, False
+
+
+def _is_large(model: nn.Module) -> bool:
+    with contextlib.suppress(ValueError):  # a lazy parameter has no size
+        return sum(p.numel() for p in model.parameters()) > SMALL
+    return False
 
 
 def _memory(model: nn.Module) -> set[int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ep_prune
 from benchmarks import memory
 from ep_prune import find
+from ep_prune import sharing as shared_copies
 from ep_prune.numbering import contraction, number_channels, uses
 from ep_prune.selection import select
 from ep_prune.sharing import copy_of, prepare_and_run
@@ -179,7 +180,8 @@ class Clipping(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["table", "data", "view"])
-def test_a_model_that_writes_into_its_weights_is_copied(how: str) -> None:
+def test_a_model_that_writes_into_its_weights_is_copied(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_copies, "SMALL", 0)
     model, x = Clipping(how), torch.tensor([0, 1, 3])
     before = copy.deepcopy(model.state_dict())
     working, _, shares = prepare_and_run(model, x)
@@ -192,12 +194,16 @@ def test_a_model_that_writes_into_its_weights_is_copied(how: str) -> None:
     assert prepare_and_run(Clipping("not"), x)[2]
 
 
-def test_the_narrow_model_has_memory_of_its_own() -> None:
+@pytest.mark.parametrize("small", [0, shared_copies.SMALL])
+def test_the_narrow_model_has_memory_of_its_own(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_copies, "SMALL", small)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     model[2].weight.data[:, 3] = 0.0
     before = copy.deepcopy(model.state_dict())
-    result = ep_prune.reduce(model, torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    assert prepare_and_run(model, x)[2] == (small == 0)
+    result = ep_prune.reduce(model, x)
     assert result.model[0].out_features == 7
     assert result.model[4].weight is not model[4].weight
     with torch.no_grad():

@@ -147,6 +147,7 @@ class _Session:
         self.reach, self.batched, self.judged = reach, False, judged
         weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point() and reach}
         self.touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()}
+        self.large = sum(touched.numel() for touched in self.touched.values()) > REACH_ROOM
 
     def run(self, probes: Iterable[Any] | None, count: int, steps: int, starts: int) -> None:
         tensors = all_tensors(self.example)
@@ -324,7 +325,7 @@ class _Session:
         """Mark the wide model's parameter elements that a random projection of the outputs depends on."""
         try:
             self.wide64.requires_grad_(True)
-            size = REACH_ROWS[sum(touched.numel() for touched in self.touched.values()) > REACH_ROOM]
+            size = REACH_ROWS[self.large]
             for start in range(0, shared_rows(call) if self.batched else 1, size):
                 rows = slice(start, start + size) if self.batched else None
                 piece = map_tensors(call, functools.partial(rows_of, rows))
@@ -344,7 +345,7 @@ class _Session:
         weights = {id(p): name for name, p in self.wide64.named_parameters() if name in self.touched}
         slopes: dict[int, Tensor] = {}
         largest = 0.0
-        held = sum(touched.numel() for touched in self.touched.values()) <= REACH_ROOM
+        held = not self.large
 
         def note(weight: Tensor, slope: Tensor) -> None:
             nonlocal largest
@@ -366,17 +367,20 @@ class _Session:
                 if id(weight) in slopes:
                     mark(weight, slopes[id(weight)])
         else:
-            hand_back()
             self._climb(call, mark)
-            hand_back()
 
     def _climb(self, call: Call, take: Callable[[Tensor, Tensor], None]) -> None:
         """Gradients of a random projection of the wide model's outputs, the same one for the same call."""
         slopes = Slopes(take)
+        if self.large:
+            hand_back()
         with torch.enable_grad():
             outputs = self.forward(self.wide64, call, torch.float64, slopes).values()
             terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
             total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
+        del outputs, terms
+        if self.large:
+            hand_back()
         slopes.climb(total, [p for name, p in self.wide64.named_parameters() if name in self.touched])
 
     def result(self, limit: float | None, synthetic: bool) -> Verification:
