@@ -976,7 +976,7 @@ ELSEWHERE = {
     "aten.where.ScalarSelf": "aten.where.self",
     **dict.fromkeys(("expand_copy", "movedim.intlist", "swapaxes", "numpy_T"), "aten.view"),
     "aten.native_channel_shuffle": "aten.view",
-    **dict.fromkeys(("contiguous", "detach_", "lift_fresh_copy", "positive", "resolve_conj"), "aten.clone"),
+    **dict.fromkeys(("contiguous", "detach_", "lift_fresh_copy", "resolve_conj"), "aten.clone"),
     **dict.fromkeys(("resolve_neg", "to.device", "to.dtype", "to.dtype_layout"), "aten.clone"),
 }
 """Registered operators that torch never leaves in a trace -> one in the table that has the same rule."""
