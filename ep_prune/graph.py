@@ -8,6 +8,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
     Standardize                                 layer norm: sees all channels
+    Instance, GroupStandardize, RootMeanSquare  the other norms
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
     Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
@@ -15,6 +16,8 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Pad        zeros or a constant around space or channels
     Move       data movement; acts on channel labels exactly as on data
     Split      Move into several tensors, whose sizes stand in the user's code
+    Pick       Move to places that are computed
+    Create     a tensor of numbers that stand in the user's code (arange, zeros)
     Matmul     of two computed tensors: attention's scores, and the mean of the values by them
     Softmax    over an axis of positions
     Attention  both at once, with the softmax between them (scaled_dot_product_attention)
@@ -49,6 +52,8 @@ class Node:
     target: Callable[..., Any] | None = None
     tensor: str | None = None
     """Full name of the parameter, buffer or constant that this node reads, if it reads one."""
+    sized: bool = False
+    """Whether a free size (the batch) stands in its arguments: they are those of the example alone."""
 
     def operands(self) -> Iterator[Node]:
         yield from _nodes((self.args, self.kwargs))
@@ -182,6 +187,33 @@ class Standardize(Operation):
 
 
 @dataclass(frozen=True)
+class Instance(Operation):
+    """Instance norm: every channel of axis 1 by itself, with its moments over space."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class GroupStandardize(Operation):
+    """Group norm: moments over space and the channels of one of `groups` groups, axis 1."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+    groups: int
+
+
+@dataclass(frozen=True)
+class RootMeanSquare(Operation):
+    """RMS norm: x / sqrt(mean of x^2 + eps) * weight, the mean over the channels, the last axis."""
+
+    x: Node
+    weight: Node | None
+
+
+@dataclass(frozen=True)
 class Pointwise(Operation):
     """f(x), element by element."""
 
@@ -263,6 +295,20 @@ class Move(Operation):
     inputs: tuple[Node, ...]
     act: Callable[..., Tensor]
     regroup: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Pick(Operation):
+    """x at computed places: `act` (labels, places) moves labels as the node moves data."""
+
+    x: Node
+    places: tuple[Node | None, ...]
+    act: Callable[[Tensor, list[Tensor | None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Create(Operation):
+    """A tensor made of its settings alone: `arange`, `zeros`."""
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _reader(
     if demand is None or len(demand.ports) > 1 or not demand.foldable or demand.port.groups > 1:
         return None
     out = roots[blend.out].reshape(-1)
-    plain = len(demand.roots) == len(out) and demand.port.weight.shape[2] == 1
+    plain = len(demand.roots) == len(out) and demand.port.shape[2] == 1
     return demand if plain and bool(torch.isin(out, demand.roots).all()) else None
 
 

@@ -235,7 +235,7 @@ def _read(
         parts.append(columns.flatten(0, 2))
         ends = ranges.get(port.op.x)
         if ends is None:
-            large = torch.zeros(len(port.weight), dtype=torch.float64)
+            large = torch.zeros(port.shape[0], dtype=torch.float64)
             large[spot] = terms.unsqueeze(1).expand_as(spot)
         else:
             large = _along(torch.maximum(ends[0].abs(), ends[1].abs()), port.op.layout.axis)
@@ -349,7 +349,7 @@ def _consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fol
     narrow = torch.cat([rest, spot[:rank].unsqueeze(0).expand(shape).reshape(-1)])
     values = torch.cat([torch.ones(len(rest), dtype=torch.float64), back.unsqueeze(2).expand(shape).reshape(-1)])
     room = (demand.bias, demand.mean, demand.new_bias) if bool((offset != 0).any()) else (None,) * 3
-    outputs = port.weight.shape[1]
+    outputs = port.shape[1]
     return Fold(
         port.name,
         layout,

@@ -6,7 +6,6 @@ bounded a local threshold grows as long as the measured change of the output all
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +27,9 @@ from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
+from ep_prune.sharing import copy_of, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
-from ep_prune.trace import as_arguments, prepare, random_state_kept, run, trace
+from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
     Axis,
     State,
@@ -48,8 +48,10 @@ from ep_prune.verification import (
     check_inside,
     described,
     draw,
+    hand_back,
     plain,
     verify,
+    widened,
 )
 
 
@@ -110,13 +112,12 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes = prepare(model, replace_modules)
-        run(wide, example_inputs)
+        wide, notes, shares = prepare_and_run(model, example_inputs, replace_modules)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
         bar = tqdm(total=None, desc="reduce", disable=None if progress is None else not progress, leave=False)
         with bar:
-            state = _start(wide, example_inputs, given, tol, seed, boxes)
+            state = _start(wide, example_inputs, given, tol, seed, boxes, shares)
             before = cost(wide, example_inputs)
             state.frozen = protected(state.graph, protect) | held_by_their_class(state.model)
             _freeze_unseen_readers(state, example_inputs)
@@ -126,6 +127,7 @@ def reduce(
                 _bounded_round(state, records, example_inputs, tol, bar)
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
+            hand_back()
             stated = None if domain is None else plain(domain)
             own = fingerprint(wide.state_dict())
             plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
@@ -141,6 +143,7 @@ def reduce(
                 ascent_steps=8 if verify_result else 0,
                 reach=verify_result,
                 domain=domain,
+                share=shares,
             )
             if verify_result:
                 checked.raise_if_different()
@@ -158,6 +161,7 @@ def reduce(
             domain="" if domain is None else described(boxes or []),
         )
         narrow = with_modes_of(model, state.model)
+        unshare_(narrow, model)
     return Result(narrow, plan, report, checked, state.frozen, boxes)
 
 
@@ -220,20 +224,24 @@ def _start(
     tol: float,
     seed: int,
     boxes: list[Box | None] | None,
+    shares: bool,
 ) -> State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     inside = [] if boxes is None else _inside(example_inputs, boxes, seed)
     if given is None and boxes is not None and tol > 0:
         promised = inside
     reference = []
-    double = copy.deepcopy(wide).double()
+    double = widened(wide, shares)
     for batch in [example_inputs, *inside, *(promised if tol > 0 else [])]:
         inputs = as_double(batch)
         reference.append((inputs, outputs_of(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
     graph = trace(wide, example_inputs)
-    return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
+    probes_given = given is not None
+    return State(
+        wide, graph, reference, limit, probes_given, promised, example=example_inputs, boxes=boxes, shares=shares
+    )
 
 
 def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -258,22 +266,26 @@ def held_by_their_class(model: nn.Module) -> dict[Axis, str]:
 
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
-    state.frozen |= read_in_training(state.model, state.graph, example_inputs)
+    state.frozen |= read_in_training(state.model, state.graph, example_inputs, state.shares)
 
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
     while True:
-        while True:
-            bar.set_postfix_str(f"round {len(state.rounds) + 1}")
-            bar.update()
-            numbering = state.number()
-            chosen = select(numbering, frozen_slots(numbering, state.frozen))
-            if not _settle(state, records, chosen, to_round(chosen), example_inputs):
-                break
+        while _selection_round(state, records, example_inputs, bar):
+            pass
         if _head_mixing_round(state, records, example_inputs):
             continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _selection_round(state: State, records: _Records, example_inputs: Any, bar: Any) -> bool:
+    """Number, select and take one round. What was found out for it is given up at its end."""
+    bar.set_postfix_str(f"round {len(state.rounds) + 1}")
+    bar.update()
+    numbering = state.number()
+    chosen = select(numbering, frozen_slots(numbering, state.frozen))
+    return _settle(state, records, chosen, to_round(chosen), example_inputs)
 
 
 def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
@@ -379,10 +391,10 @@ def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: fl
         step = to_round(chosen)
         kept = int(chosen.kept.sum())
         if kept not in measured:  # a higher threshold that takes no more than the last one needs no new trial
-            narrow = copy.deepcopy(state.model)
+            narrow = copy_of(state.model, state.shares)
             apply_round_(narrow, step)
             try:
-                measured[kept] = difference(narrow, state.reference) <= state.limit
+                measured[kept] = difference(narrow, state.reference, state.shares) <= state.limit
             except InputError:  # a size in the code: the exact trial below finds and names it
                 measured[kept] = True
         return (chosen, step) if measured[kept] else None

@@ -206,6 +206,19 @@ def _layer_norm(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
+def _group_norm(module: nn.Module) -> None:
+    assert isinstance(module, nn.GroupNorm) and module.weight is not None
+    if module.num_groups == module.num_channels:
+        module.num_groups = len(module.weight)
+    module.num_channels = len(module.weight)
+
+
+def _root_mean_square(module: nn.Module) -> None:
+    assert isinstance(module, nn.RMSNorm)
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
 def _prelu(module: nn.Module) -> None:
     assert isinstance(module, nn.PReLU)
     module.num_parameters = module.weight.numel()
@@ -221,6 +234,8 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.modules.conv._ConvNd, _convolution),
     (nn.modules.batchnorm._NormBase, _norm),
     (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.RMSNorm, _root_mean_square),
     (nn.PReLU, _prelu),
     (nn.Embedding, _table),
 )

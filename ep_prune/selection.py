@@ -156,7 +156,9 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
     members = torch.zeros(n).index_add_(0, demand.leader[varies], torch.ones(int(varies.sum())))
     cancelled = varies & demand.net_zero[demand.leader] & (members[demand.leader] > 1) & demand.foldable
     merged = varies & ~kept & (stand_in < n) & ~cancelled
-    told_apart = (merged | cancelled) & (demand.leader != here) & demand.amplified()
+    told_apart = (merged | cancelled) & (demand.leader != here)
+    if bool(told_apart.any()):
+        told_apart &= demand.amplified()
     if bool(told_apart.any()):
         demand.tell_apart(told_apart)
         chosen.keep(demand.roots[told_apart], "near a copy, but its outgoing weights tell them apart")

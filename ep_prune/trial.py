@@ -7,7 +7,6 @@ spaces at fault are found by bisection, left alone and named with the reason.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -24,9 +23,10 @@ from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rewrite import apply_round_
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, select, to_round
+from ep_prune.sharing import copy_of
 from ep_prune.spaces import Space, spaces
 from ep_prune.trace import as_arguments, run, trace
-from ep_prune.verification import Box, InFloat64
+from ep_prune.verification import Box, InFloat64, widened
 
 Axis = tuple[str, int]
 T = TypeVar("T")
@@ -49,6 +49,8 @@ class State:
     example: Any = None
     boxes: list[Box | None] | None = None
     """The declared box of every tensor among the inputs; None: no domain is declared."""
+    shares: bool = False
+    """Whether copies of the model may share its parameters: no forward pass writes into one."""
     _ranges: dict[int, tuple[Graph, dict[Node, tuple[Tensor, Tensor]]]] = field(default_factory=dict)
 
     def ranges(self) -> dict[Node, tuple[Tensor, Tensor]]:
@@ -96,7 +98,7 @@ def as_double(inputs: Any) -> Any:
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that a float64 model returns, in order."""
+    """The tensors that a model returns, in order, computed in float64."""
     with InFloat64():  # a cast inside the model is no rounding of ours
         found = run(model, inputs)
     return [leaf for leaf in pytree.tree_leaves(_plain(found)) if isinstance(leaf, Tensor)]
@@ -108,12 +110,12 @@ def _plain(output: Any) -> Any:
     return {key: getattr(output, key) for key in fields} if fields and not isinstance(output, dict) else output
 
 
-def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) -> float:
+def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]], share: bool = False) -> float:
     """Largest relative change of any output tensor over the reference inputs, in float64.
 
-    inf where shapes differ. Raises `InputError` where the model does not run.
+    inf where shapes differ. Raises `InputError` where the model does not run. share: as in `State.shares`.
     """
-    double = copy.deepcopy(model).double()
+    double = widened(model, share)
     worst: dict[int, tuple[float, float]] = {}
     for inputs, expected in reference:
         found = outputs_of(double, inputs)
@@ -130,13 +132,13 @@ def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) 
     return max((change / size if size else change for change, size in worst.values()), default=0.0)
 
 
-def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any) -> dict[Axis, str]:
+def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any, share: bool = False) -> dict[Axis, str]:
     """The axes that layers outside the inference trace read (auxiliary heads), with the reason to keep them."""
     unseen = set(graph.untraced)
     if not unseen:
         return {}
     try:
-        numbering = number_channels(trace(copy.deepcopy(model).train(), example_inputs))
+        numbering = number_channels(trace(copy_of(model, share).train(), example_inputs))
     except EpPruneError:
         return {}
     found: dict[Axis, str] = {}
@@ -161,10 +163,10 @@ def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Mo
     to something else."""
     if step.heads:
         step = with_scales(state, step, example_inputs)
-    narrow = copy.deepcopy(state.model)
+    narrow = copy_of(state.model, state.shares)
     apply_round_(narrow, step)
     try:
-        change = difference(narrow, state.reference)
+        change = difference(narrow, state.reference, state.shares)
     except InputError as error:
         cause = error.__cause__ or error
         return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
@@ -191,7 +193,7 @@ def with_scales(state: State, step: Round, example_inputs: Any) -> Round:
 
     Only the narrow model's own trace tells them: numbers that are not what they were, in attention's layer.
     """
-    narrow = copy.deepcopy(state.model)
+    narrow = copy_of(state.model, state.shares)
     apply_round_(narrow, step)
     try:
         graph = trace(narrow, example_inputs)

@@ -219,9 +219,9 @@ def align(
 ) -> tuple[Channels, Channels, Tensor, Tensor, tuple[Edge, ...]]:
     """Two operands row by row: (x, y, labels, slots, edges) of the broadcast result."""
     shape = node.shape or ()
-    present = [value for value in values if isinstance(value, Channels)]
+    values = [_ranked(n, value, len(shape)) if isinstance(value, Channels) else value for value in values]
     sides: list[Channels] = []
-    like = max((_ranked(value, len(shape)) for value in present), key=lambda c: len(c.rows))
+    like = max((value for value in values if isinstance(value, Channels)), key=lambda c: len(c.rows))
     for value in values:
         if isinstance(value, float):
             value = Known(torch.tensor(value, dtype=torch.float64))
@@ -232,7 +232,7 @@ def align(
         if isinstance(value, Known):
             value = known_on(n, value, like, shape)
         assert isinstance(value, Channels)
-        sides.append(_broadcast(n, _ranked(value, len(shape)), like, shape))
+        sides.append(_broadcast(n, value, like, shape))
     x, y = sides
     axes = [a for a in range(len(shape)) if max(x.labels.shape[a], y.labels.shape[a]) > 1]
     full = [max(x.labels.shape[a], y.labels.shape[a]) for a in range(len(shape))]
@@ -290,23 +290,20 @@ def _fixed_within(value: Value | float, own: tuple[int, ...], other: tuple[int, 
     return computed and bool(own) and set(own) < set(other)
 
 
-def _ranked(x: Channels, rank: int) -> Channels:
+def _ranked(n: Numbering, x: Channels, rank: int) -> Channels:
+    """`x` with axes of size 1 in front, as broadcasting puts them there."""
     extra = rank - len(x.shape)
     if extra == 0:
         return x
     rows = torch.arange(len(x.rows))
-    return replace(
-        x,
-        shape=(1,) * extra + x.shape,
-        labels=x.labels.reshape([1] * extra + list(x.labels.shape)),
-        edges=(Edge(x, rows, rows),),
-    )
+    labels = x.labels.reshape([1] * extra + list(x.labels.shape))
+    return n.record(replace(x, shape=(1,) * extra + x.shape, labels=labels, edges=(Edge(x, rows, rows),)))
 
 
 def _ranked_unknown(n: Numbering, value: Unknown, like: Channels, rank: int) -> Channels:
     shape = (1,) * (rank - len(value.shape)) + value.shape
     if shape != value.shape:
-        value = Unknown(value.number, shape, value.origin)
+        value = Unknown(int(mix(value.number, rank)), shape, value.origin)  # its axes have other numbers now
     return n.of_unknown(value, tuple(axis for axis in like.axes() if shape[axis] > 1))
 
 
@@ -317,5 +314,7 @@ def _broadcast(n: Numbering, x: Channels, like: Channels, shape: tuple[int, ...]
     rows = x.rows if old == new else x.rows.mapped(number(f"expand {old} to {new}"))
     if rows is x.rows and n.is_recorded(x):
         return x
+    if not n.is_recorded(x):  # given axes in front: its edges lead to what is on the tape
+        return n.record(replace(x, rows=rows))
     index = torch.arange(len(x.rows))
     return n.record(replace(x, rows=rows, edges=(Edge(x, index, index),)))

@@ -67,7 +67,10 @@ def _item(op: Item, node: Node, n: Numbering) -> Value:
     if isinstance(value, tuple):
         return value[op.index]
     if isinstance(value, Channels) and op.index == 0:
-        return value
+        if node.shape in (None, value.shape):
+            return value
+        shape = node.shape or ()  # of several results the operation has no shape of its own
+        return n.record(replace(value, shape=shape, edges=identity_edge(value)))
     if isinstance(value, Unknown):
         return Unknown(int(mix(value.number, op.index)), node.shape or (), value.origin)
     raise Refused("a second result, such as the places of a maximum")

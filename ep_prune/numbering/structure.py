@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import Channels, Edge, Rows, along, mix, number
-from ep_prune.graph import Cat, Move, Node, Pad, Split
+from ep_prune.evaluate import call
+from ep_prune.graph import Cat, Create, Move, Node, Pad, Split
 from ep_prune.numbering.align import known_on, materialize, on_axis, regroup
 from ep_prune.numbering.elementwise import identity_edge, transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
@@ -22,12 +23,20 @@ def _move(op: Move, node: Node, n: Numbering) -> Value:
     if isinstance(x, Unknown):
         return Unknown(int(mix(number(f"{node.op} {node.args[1:]}"), x.number)), node.shape or (), x.origin)
     if isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        return Known(op.act(x.value), x.name, op.act(index.reshape(x.value.shape)))
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        return Known(op.act(x.stored), x.name, op.act(index.reshape(x.stored.shape)))
     if not isinstance(x, Channels):
         raise Refused("several tensors at once")
     labels, places = materialize(x)
     return regroup(n, x, op.act(labels.contiguous()), op.act(places.contiguous()), op.regroup)
+
+
+@transfer.register(Create)
+def _create(op: Create, node: Node, n: Numbering) -> Value:
+    made = call(node, {}, torch.device("cpu"))
+    if int(made.numel()) > 2**24:
+        raise Refused("a large tensor of constants")
+    return Known(made)
 
 
 @transfer.register(Split)
@@ -68,8 +77,8 @@ def _split(op: Split, node: Node, n: Numbering) -> Value:
             for k in wanted
         ]
     elif isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        results = [Known(cut(x.value, k), x.name, cut(index.reshape(x.value.shape), k)) for k in wanted]
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        results = [Known(cut(x.stored, k), x.name, cut(index.reshape(x.stored.shape), k)) for k in wanted]
     else:
         raise Refused("several tensors at once")
     return tuple(results) if op.take is None else results[0]
