@@ -92,11 +92,13 @@ def test_a_quick_run_trains_compares_and_writes(tmp_path, monkeypatch, capsys):
     assert recipe.main(quick) == 0
     rows = json.loads((out / "results.json").read_text())
     methods = [row["method"] for row in rows]
-    assert methods[0] == recipe.OURS and len(set(methods)) == len(methods) == 6
+    assert methods[0] == recipe.OURS and len(set(methods)) == len(methods) == 7
     assert all(0 < row["kept"] <= 0.5 and 0 <= row["accuracy"] <= 100 for row in rows)
-    assert rows[0]["widths"] == rows[4]["widths"] == rows[5]["widths"] and rows[1]["widths"] == [[2, 32]] * 2
+    assert rows[0]["widths"] == rows[5]["widths"] == rows[6]["widths"] and rows[2]["widths"] == [[2, 32]] * 2
+    heads, hidden = (sum(part) for part in zip(*rows[1]["widths"], strict=True))
+    assert heads == 4 and 60 < hidden <= 64
     written = (out / "results.md").read_text()
-    assert written.count("\n| ") >= 6 and "| compress |" in written and "network 0: " in written
+    assert written.count("\n| ") >= 7 and "| compress |" in written and "network 0: " in written
     assert (out / "accuracy.png").stat().st_size > 1000
     (weights,) = out.glob("network-*.safetensors")
     age = weights.stat().st_mtime_ns
