@@ -2,9 +2,9 @@
 
     h_wide = T h        T: a row of one entry for a copy, of zeros for a null unit
 
-A copy has its original's rows in every gate, times its factor in the one that its state is odd in. Whatever reads the
-states, W_hh first, gets random columns C with C T = W: every row of it shares a weight out to the copies in its own
-way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is zero, and so is their
+A copy has its original's rows in every gate, times its factor in the one that its state is odd in. Whatever reads
+the states, W_hh first, gets random columns C with C T = W: each of its rows shares a weight out to the copies in its
+own way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is zero, and so is their
 column), or they are zero for ever (their odd row is nothing, and anybody may read them).
 """
 
@@ -25,7 +25,7 @@ ODD = {"LSTM": (4, 2), "GRU": (3, 2), "RNN_TANH": (1, 0), "RNN_RELU": (1, 0)}
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Where wide units come from: `source` (n,) a narrow unit, or `UNREAD`, or `ZERO`; factor (n,); of `narrow`."""
+    """Where wide units come from: `source` (n,) a narrow unit, or `UNREAD`, or `ZERO`; factor (n,); `narrow`."""
 
     source: Tensor
     factor: Tensor
@@ -54,7 +54,9 @@ class Units:
 class Widener:
     """Draws, and the widened copies that are made with them."""
 
-    def __init__(self, seed: int = 0, unread: int = 2, zero: int = 1, copies: int = 3, factors: bool = True) -> None:
+    def __init__(
+        self, seed: int = 0, unread: int = 2, zero: int = 1, copies: int = 3, factors: bool = True
+    ) -> None:
         self.draw = torch.Generator().manual_seed(seed)
         self.unread, self.zero, self.copies, self.factors = unread, zero, copies, factors
 
@@ -81,7 +83,7 @@ class Widener:
         return C + ((weight.double() - C @ T) / T.square().sum(0)) @ T.T
 
     def rows(self, weight: Tensor, units: Units, gates: int, odd: int) -> Tensor:
-        """The rows of all gates: those of the originals, nothing where a zero unit is odd in them, else at random."""
+        """The rows of all gates: those of the originals, nothing where a zero unit is odd, else at random."""
         own = weight.reshape(gates, units.narrow, -1)
         wide = 0.5 * self.random(gates, len(units.source), own.shape[2])
         some = units.source >= 0
@@ -155,7 +157,7 @@ def options_of(module: nn.RNNBase) -> dict[str, object]:
 
 
 class Tagger(nn.Module):
-    """A table of tokens, recurrent layers, a linear head on: `all` states, the `last` ones, or the last `cell`s."""
+    """A table of tokens, recurrent layers, a linear head on: `all` states, the `last`, or the last `cell`s."""
 
     def __init__(self, table: nn.Embedding, layers: nn.RNNBase, head: nn.Linear, use: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recurrent layers: random widenings are undone, what differs is kept, modules stay true, other commands stand aside."""
+"""Recurrent layers: random widenings are undone, what differs stays, modules stay true, others stand aside."""
 
 import copy
 import sys
@@ -10,11 +10,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the installed package
 
-import ep_prune as ep  # noqa: E402
-from benchmarks.recurrent_networks import Tagger, Units, Widener, options_of, tagger, widened  # noqa: E402
-from ep_prune.cost import cost  # noqa: E402
-from ep_prune.numbering import recurrent as algebra  # noqa: E402
-from planted import relative  # noqa: E402
+from planted import relative
+
+import ep_prune as ep
+from benchmarks.recurrent_networks import Tagger, Units, Widener, options_of, tagger, widened
+from ep_prune.cost import cost
+from ep_prune.numbering import recurrent as algebra
 
 TOKENS = torch.randint(0, 11, (6, 7), generator=torch.Generator().manual_seed(0))
 BOTH = {"num_layers": 2, "bidirectional": True}
