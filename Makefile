@@ -8,6 +8,7 @@
 #   make bench-cifar   width compression beside every peer, on the CIFAR-10 networks of the test material
 #   make bench-speed   measured latency before and after compress to half of the MACs
 #   make bench-cost    what compress takes: seconds of its stages, memory, by images and by width
+#   make bench-memory  the peak of memory that reduce takes on a GPT-2-medium shape, and seconds
 #   make clean   remove what the other targets have made, the environment included
 #
 # pip heeds its own variables: on a machine without a GPU,
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz bench bench-cifar bench-speed bench-cost clean
+.PHONY: help demo test check fuzz bench bench-cifar bench-speed bench-cost bench-memory clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -63,6 +64,9 @@ bench-speed: $(READY_BENCH)
 
 bench-cost: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.compress_cost $(ARGS)
+
+bench-memory: $(READY)
+	$(BIN)/python -m benchmarks.memory $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-out bench-out fuzz-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -3,9 +3,9 @@
     h_wide = T h        T: a row of one entry for a copy, of zeros for a null unit
 
 A copy has its original's rows in every gate, times its factor in the one that its state is odd in. Whatever reads
-the states, W_hh first, gets random columns C with C T = W: every row of it shares a weight out to the copies in
-its own way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is zero, and so is
-their column), or they are zero for ever (their odd row is nothing, and anybody may read them).
+the states, W_hh first, gets random columns C with C T = W: each of its rows shares a weight out to the copies in its
+own way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is zero, and so is their
+column), or they are zero for ever (their odd row is nothing, and anybody may read them).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ODD = {"LSTM": (4, 2), "GRU": (3, 2), "RNN_TANH": (1, 0), "RNN_RELU": (1, 0)}
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Where wide units come from: `source` (n,) a narrow unit, `UNREAD` or `ZERO`; factor (n,); of `narrow`."""
+    """Where wide units come from: `source` (n,) a narrow unit, or `UNREAD`, or `ZERO`; factor (n,); `narrow`."""
 
     source: Tensor
     factor: Tensor
@@ -83,7 +83,7 @@ class Widener:
         return C + ((weight.double() - C @ T) / T.square().sum(0)) @ T.T
 
     def rows(self, weight: Tensor, units: Units, gates: int, odd: int) -> Tensor:
-        """The rows of all gates: those of the originals, nothing where a zero unit is odd in them, else random."""
+        """The rows of all gates: those of the originals, nothing where a zero unit is odd, else at random."""
         own = weight.reshape(gates, units.narrow, -1)
         wide = 0.5 * self.random(gates, len(units.source), own.shape[2])
         some = units.source >= 0
@@ -157,7 +157,7 @@ def options_of(module: nn.RNNBase) -> dict[str, object]:
 
 
 class Tagger(nn.Module):
-    """A table of tokens, recurrent layers, a linear head: on `all` states, the `last`, or the last `cell`s."""
+    """A table of tokens, recurrent layers, a linear head on: `all` states, the `last`, or the last `cell`s."""
 
     def __init__(self, table: nn.Embedding, layers: nn.RNNBase, head: nn.Linear, use: str) -> None:
         super().__init__()

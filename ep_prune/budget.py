@@ -196,9 +196,13 @@ def allowed_widths(
     for curve in curves:
         space = curve.space
         gone = torch.arange(len(curve.order) + 1)
-        each = torch.bincount(space.longest, minlength=structure.count)[curve.order]
-        left = len(space.longest) - torch.cat([each.new_zeros(1), each.cumsum(0)])
-        good = (gone == 0) | ((left % round_to == 0) & (left >= max(least(space.name), 1)))
+
+        def left(axis: Tensor, order: Tensor = curve.order) -> Tensor:
+            each = torch.bincount(axis, minlength=structure.count)[order]
+            return len(axis) - torch.cat([each.new_zeros(1), each.cumsum(0)])
+
+        rounded = torch.stack([left(axis) % round_to == 0 for axis in space.widths]).all(0)
+        good = (gone == 0) | (rounded & (left(space.longest) >= max(least(space.name), 1)))
         if space.sections is not None:
             good &= gone % (int(space.sections.max()) + 1) == 0
         result.append(gone[good & (gone < len(curve.losses()))])

@@ -108,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
             "--protect", action="append", default=[], metavar="LAYER",
             help="keep all channels of this layer, a name of named_modules(); may be repeated",
         )  # fmt: skip
+        added.add_argument(
+            "--replace-modules", action="store_true",
+            help="exchange nn.MultiheadAttention, which cannot hold fewer heads, for a module that can",
+        )  # fmt: skip
     for added in (reducing, inspecting, verifying, embedding):
         _model_options(added)
         added.add_argument(
@@ -140,12 +144,9 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--force", action="store_true", help="replace files that exist")
 
     demo = command("demo", _demo, "reduce the small trained network in the package and explain what happened", "")
+    where = Path("demo-out")
     demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo-out"),
-        metavar="FOLDER",
-        help="where files go (default: demo-out)",
+        "--out", type=Path, default=where, metavar="FOLDER", help=f"where files go (default: {where})"
     )
     return top
 
@@ -247,6 +248,7 @@ def _run(
         protect=options.protect,
         seed=options.seed,
         domain=domain_of(options.domain, inputs),
+        replace_modules=options.replace_modules,
         **more,
     )
 
@@ -256,7 +258,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise InputError(f"--tol {options.tol} is not in [0, 1): it is a relative change of the output")
     wide, inputs, probes = given(options)
     narrow, plan = _narrow(wide, options.narrow)
-    if plan.fingerprint != fingerprint(prepare(wide)[0].state_dict()):
+    prepared = prepare(wide, plan.replace_modules)[0]
+    if plan.fingerprint != fingerprint(prepared.state_dict()):
         print(f"note: {options.narrow} was made from other weights, or another type, than these")
     domain = plan.domain if options.domain is None else domain_of(options.domain, inputs)
     if domain is not None:
@@ -267,7 +270,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.tol == 0:
         checked = verify(wide, narrow, inputs, probes=probes, seed=options.seed, domain=domain)
     else:  # the promise of a bounded reduction is one about its own probes
-        promised = probes if probes is not None else synthetic_probes(prepare(wide)[0], inputs, options.seed)
+        promised = probes if probes is not None else synthetic_probes(prepared, inputs, options.seed)
         checked = verify(
             wide,
             narrow,

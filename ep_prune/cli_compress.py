@@ -93,6 +93,7 @@ def run_compress(options: argparse.Namespace) -> None:
         min_width=options.min_width,
         samples=options.samples,
         seed=options.seed,
+        replace_modules=options.replace_modules,
     )
     publish(_writers(options, result))
     print(result.report)
@@ -126,7 +127,7 @@ def verify_fitted(
     """Say what a file of grade fitted is and how far its outputs are from the wide model's; nothing is called the
     same. Raises `VerificationError` for weights that are not the plan's, and beyond --tol."""
     file = options.narrow
-    prepared = prepare(wide)[0]
+    prepared = prepare(wide, plan.replace_modules)[0]
     if plan.fingerprint == fingerprint(prepared.state_dict()):
         _check_weights(plan.apply(wide), narrow, file)
         weights = "as the plan in the file makes them of this model"

@@ -20,7 +20,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def compress(
     samples: int = SAMPLES,
     seed: int = 0,
     progress: bool | None = None,
+    replace_modules: bool = False,
 ) -> Compressed:
     """Narrow a trained model to a budget and refit what reads the channels that stay. No labels, no training.
 
@@ -91,6 +92,8 @@ def compress(
         samples: calibration samples used, at most.
         seed: of samples, rows and probes.
         progress: show a progress bar; by default on a terminal only.
+        replace_modules: exchange modules that cannot hold fewer heads, as `reduce` does; without it, they are kept
+            and named.
 
     Raises:
         InputError: the model, the inputs or the budget cannot be used; a budget that cannot be met names the least
@@ -101,12 +104,13 @@ def compress(
     asked = Asked(keep_macs, keep_params, latency, tol, max_drop, evaluate, round_to)
     start = time.perf_counter()
     with random_state_kept(), _plain_arithmetic():
-        wide, notes = prepare(model)
+        wide, notes = prepare(model, replace_modules)
         run(wide, example_inputs)
         bar = tqdm(total=None, desc="compress", disable=None if progress is None else not progress, leave=False)
         with bar:
             bar.set_postfix_str("reducing")
             reduced = reduce(wide, example_inputs, protect=protect, seed=seed, verify_result=False, progress=False)
+            reduced = replace(reduced, plan=replace(reduced.plan, replace_modules=replace_modules))
             work = Work.of(wide, reduced, example_inputs, calibration, protect, samples, seed, bar, notes)
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)

@@ -109,7 +109,9 @@ def consumed_spaces(graph: Graph) -> tuple[ConsumedSpace, ...]:
 
 
 def _tie_groups(n: Numbering) -> None:
-    """A depthwise convolution's channels go with its filters; other grouped convolutions stay as they are."""
+    """A depthwise convolution's channels go with its filters; other grouped convolutions, and attention's heads,
+    stay as they are."""
+    n.slots.pin_heads()
     for constraint in n.slots.constraints:
         if isinstance(constraint, Groups):
             if constraint.inputs.shape[1] == 1:

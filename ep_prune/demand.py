@@ -15,6 +15,7 @@ from ep_prune.find import MARGIN, Freedom, Sparse, congruence
 from ep_prune.graph import Graph, Node, Normalize
 from ep_prune.numbering import Numbering, Port
 from ep_prune.numbering.contraction import unseen, without_negligible
+from ep_prune.numbering.uses import Net, Outputs
 from ep_prune.rules import kind_of
 
 AMPLIFIED = 1e4
@@ -40,7 +41,7 @@ class Demand:
     leader: Tensor
     scale: Tensor
     constant: Tensor
-    nets: list[Tensor]
+    nets: list[Net]
     offset: Tensor
     live_out: Tensor
     eps: float
@@ -81,10 +82,10 @@ class Demand:
         self.net_zero = torch.ones(n, dtype=torch.bool)
         mask = spread(self.outputs(), n)
         for port, net in zip(self.ports, self.nets, strict=True):
-            nonzero = (net != 0).any(2) & mask
+            nonzero = net.sent & mask
             self.net_zero &= ~nonzero.any(1)
             if self.tolerance > 0:
-                nonzero &= ~port.below(net, self.tolerance)
+                nonzero &= ~port.below(net.values(), self.tolerance)
             self.live |= nonzero.any(1)
         self.live |= self.told_apart
         self.net_zero &= ~self.told_apart
@@ -138,13 +139,14 @@ class Demand:
     def can_fold(self, t: Tensor) -> bool:
         """Whether what the constants t (n,) send to outputs is a constant, and has a bias to go to."""
         outputs = self.outputs()
-        for port in self.ports:
-            terms = (port.weight * t.reshape(-1, 1, 1)).reshape(port.groups, -1, *port.weight.shape[1:])
+        for port, block in [(one, block) for one in self.ports for block in one.use.blocks()]:
+            weight = port.use.weight(block)
+            terms = (weight * t.reshape(-1, 1, 1)).reshape(port.groups, -1, *weight.shape[1:])
             sent, size = terms.sum(1), terms.square().sum(1).sqrt()
             error = port.x.rows.error.reshape(port.groups, -1, 1, 1)
-            noise = (port.weight.reshape(terms.shape) * error).square().sum(1).sqrt()
-            least = MARGIN * (self.eps * size + noise) + unseen(self.eps) * port.size.unsqueeze(2)
-            nonzero = (sent.abs() > least) & outputs.unsqueeze(2)
+            noise = (weight.reshape(terms.shape) * error).square().sum(1).sqrt()
+            least = MARGIN * (self.eps * size + noise) + unseen(self.eps) * port.size[:, block].unsqueeze(2)
+            nonzero = (sent.abs() > least) & outputs[:, block].unsqueeze(2)
             edge = ~torch.tensor(port.op.layout.interior)
             if bool(nonzero[:, :, edge].any()) or (bool(nonzero.any()) and not self.takes_constants):
                 return False
@@ -179,7 +181,7 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
             port.classes.leader.clone(),
             port.classes.scale.clone(),
             port.constant,
-            [p.net for p in ports],
+            [p.sends for p in ports],
             port.x.rows.offset,
             torch.stack([live[id(p.out)] for p in ports]).any(0).reshape(layout.groups, -1),
             n.eps(port.op.weight),
@@ -192,12 +194,7 @@ def demands(n: Numbering, roots: Tensor) -> dict[str, Demand]:
         if not demand.foldable:
             demand.leader = torch.arange(size)
             demand.scale = torch.ones(size, dtype=torch.float64)
-            demand.nets = [
-                without_negligible(
-                    torch.where(demand.constant.reshape(-1, 1, 1), 0.0, p.weight), p.x.rows, p.size, demand.eps
-                )
-                for p in ports
-            ]
+            demand.nets = [_net_of_each(p, demand.constant, demand.eps) for p in ports]
         demand.prefer = demand.leader.clone()
         _find_room_for_constants(n, demand, users)
         _prefer_members(demand)
@@ -228,13 +225,32 @@ def _readers(graph: Graph) -> dict[Node | str, list[Node]]:
     return readers
 
 
-def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Tensor:
-    """What the classes of `leader` send through one use; what cancels to rounding is zero."""
-    terms = port.weight * torch.where(constant, 0.0, scale).reshape(-1, 1, 1)
-    net = torch.zeros_like(terms).index_add_(0, leader, terms)
-    size = torch.zeros_like(terms).index_add_(0, leader, terms.abs())
-    net = torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
-    return without_negligible(net, port.x.rows, port.size, eps)
+def _net_of(port: Port, leader: Tensor, scale: Tensor, constant: Tensor, eps: float) -> Net:
+    """What the classes of `leader` send through one use; what cancels to rounding is zero.
+
+    A constant may be a class here, and so its offset counts.
+    """
+    factor = torch.where(constant, 0.0, scale).reshape(-1, 1, 1)
+
+    def make(outputs: Outputs) -> Tensor:
+        terms = port.use.weight(outputs) * factor
+        net = torch.zeros_like(terms).index_add_(0, leader, terms)
+        size = torch.zeros_like(terms).index_add_(0, leader, terms.abs())
+        net = torch.where(net.abs() <= MARGIN * eps * size, 0.0, net)
+        return without_negligible(net, port.x.rows.norm(), port.size[:, outputs], eps)
+
+    return Net(port.use, make)
+
+
+def _net_of_each(port: Port, constant: Tensor, eps: float) -> Net:
+    """What channels that are not merged send through one use."""
+    fixed = constant.reshape(-1, 1, 1)
+
+    def make(outputs: Outputs) -> Tensor:
+        net = torch.where(fixed, 0.0, port.use.weight(outputs))
+        return without_negligible(net, port.x.rows.norm(), port.size[:, outputs], eps)
+
+    return Net(port.use, make)
 
 
 def _join_uses(demand: Demand) -> None:
@@ -304,7 +320,7 @@ def _prefer_members(demand: Demand) -> None:
     free = torch.unique(demand.leader[open_])
     if not len(free):
         return
-    net = demand.nets[0][:, :, edge]
+    net = demand.nets[0].values()[:, :, edge]
     fixed = torch.where(open_, 0.0, ratio) * (demand.leader == torch.arange(n))
     sent = (port.weight[:, :, edge] * demand.offset.reshape(-1, 1, 1)).sum(0)
     wanted = (sent - (net * fixed.reshape(-1, 1, 1)).sum(0)).reshape(-1, 1)

@@ -113,6 +113,31 @@ class Refit:
 
 
 @dataclass(frozen=True, eq=False)
+class Heads:
+    """Attention in `layer`, before and after: heads, heads that have keys of their own, channels of a head.
+
+    queries: the axes (tensor, axis, places after the cut) that write the queries, for a `Scale`.
+    """
+
+    layer: str
+    heads: tuple[int, int]
+    shared: tuple[int, int]
+    size: tuple[int, int]
+    queries: tuple[tuple[str, int, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Places of a tensor's axis, as they are after all cuts, times `factor`: where the code takes attention's
+    scale from the size of a head, queries make up for it."""
+
+    tensor: str
+    axis: int
+    places: Tensor
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
 class Round:
     """Edits that apply to one state of the model. Mixes go first, refits last."""
 
@@ -120,6 +145,8 @@ class Round:
     cuts: tuple[Cut, ...] = ()
     mixes: tuple[Mix, ...] = ()
     refits: tuple[Refit, ...] = ()
+    heads: tuple[Heads, ...] = ()
+    scales: tuple[Scale, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.folds or self.cuts or self.mixes or self.refits)
+        return bool(self.folds or self.cuts or self.mixes or self.refits or self.scales)

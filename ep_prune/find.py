@@ -12,14 +12,20 @@ A projection only proposes; the exact comparison decides: row i is c times its l
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ep_prune.channels import ONE, Rows, directions
+
+BLOCK = 2**17
+"""How many numbers of a matrix are looked at together."""
 
 MARGIN = 8.0
 """How many estimated errors two rows may lie apart (design: 8 eps of the storage type)."""
@@ -45,27 +51,98 @@ class Vectors(Protocol):
     def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor: ...
 
 
+def in_blocks(places: Tensor, size: int) -> Sequence[Tensor]:
+    """Runs of `size` places."""
+    parts: Sequence[Tensor] = places.split(size)  # type: ignore[no-untyped-call]
+    return parts
+
+
 @dataclass(frozen=True)
 class Dense:
-    """Rows of a matrix (n, columns); `keys` (columns,) name the columns across matrices."""
+    """Rows of a matrix (n, columns); `keys` (columns,) name the columns across matrices.
 
-    values: Tensor
+    A large matrix is given as a function of the rows that are wanted, and walked through in blocks.
+    """
+
+    values: Tensor | Callable[[Tensor], Tensor]
     keys: Tensor
     error: Tensor
+    known: tuple[Tensor, Tensor] | None = None
+    """Norms and projections of the rows, where they were measured."""
+
+    def _block(self) -> int:
+        return max(1, BLOCK // max(1, len(self.keys)))
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.values[index] if isinstance(self.values, Tensor) else self.values(index)
+
+    def taken(self, index: Tensor) -> Dense:
+        """Some of the rows, in their order."""
+        if len(index) == len(self.error):
+            return self
+        if isinstance(self.values, Tensor):
+            return Dense(self.values[index], self.keys, self.error[index])
+        norm, projection = self._measured
+        known = norm[index], projection[index]
+        return Dense(lambda inner: self.rows(index[inner]), self.keys, self.error[index], known)
+
+    @cached_property
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        if self.known is not None:
+            return self.known
+        direction = directions(self.keys).squeeze(-1)
+        norms, projections = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.float64)]
+        for block in in_blocks(torch.arange(len(self.error)), self._block()):
+            rows = self.rows(block)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            projections.append(rows @ direction)
+        return torch.cat(norms), torch.cat(projections)
 
     def norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.values, dim=1)
-        return norm
+        if isinstance(self.values, Tensor):
+            norm: Tensor = torch.linalg.vector_norm(self.values, dim=1)
+            return norm
+        return self._measured[0]
 
     def project(self) -> Tensor:
-        return self.values @ directions(self.keys).squeeze(-1)
+        if isinstance(self.values, Tensor):
+            return self.values @ directions(self.keys).squeeze(-1)
+        return self._measured[1]
+
+    def _over(self, measure: Callable[..., Tensor], *places: Tensor) -> Tensor:
+        """measure (m,) of rows and what goes with them, block by block."""
+        pieces = (in_blocks(place, self._block()) for place in places)
+        parts = [measure(*block) for block in zip(*pieces, strict=True)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
     def inner(self, i: Tensor, j: Tensor) -> Tensor:
-        return (self.values[i] * self.values[j]).sum(1)
+        return self._over(lambda i, j: (self.rows(i) * self.rows(j)).sum(1), i, j)
 
     def distance(self, i: Tensor, j: Tensor, scale: Tensor) -> Tensor:
-        off: Tensor = torch.linalg.vector_norm(self.values[i] - scale.unsqueeze(1) * self.values[j], dim=1)
-        return off
+        def off(i: Tensor, j: Tensor, scale: Tensor) -> Tensor:
+            norm: Tensor = torch.linalg.vector_norm(self.rows(i) - scale.unsqueeze(1) * self.rows(j), dim=1)
+            return norm
+
+        return self._over(off, i, j, scale)
+
+
+def stacked(parts: Sequence[Dense]) -> Dense:
+    """The rows of matrices with the same columns, one below the other."""
+    error = torch.cat([part.error for part in parts])
+    tensors = [part.values for part in parts if isinstance(part.values, Tensor)]
+    if len(tensors) == len(parts):
+        return Dense(torch.cat(tensors), parts[0].keys, error)
+    starts = [0, *itertools.accumulate(len(part.error) for part in parts)]
+
+    def rows(index: Tensor) -> Tensor:
+        found = torch.empty(len(index), len(parts[0].keys), dtype=torch.float64)
+        for part, start, end in zip(parts, starts[:-1], starts[1:], strict=True):
+            mine = (index >= start) & (index < end)
+            found[mine] = part.rows(index[mine] - start)
+        return found
+
+    known = torch.cat([part.norm() for part in parts]), torch.cat([part.project() for part in parts])
+    return Dense(rows, parts[0].keys, error, known)
 
 
 @dataclass(frozen=True)
@@ -125,7 +202,7 @@ def congruence(vectors: Vectors, freedom: Freedom, tolerance: float = 0.0, apart
     leader = torch.arange(n)
     scale = torch.ones(n, dtype=torch.float64)
     residual = torch.zeros(n, dtype=torch.float64)
-    todo = torch.arange(n)
+    todo = (torch.bincount(group)[group] > 1).nonzero().squeeze(1) if n else group  # whoever is alone leads itself
     while len(todo):
         first = torch.full((int(group.max()) + 1,), n, dtype=torch.int64)
         first.scatter_reduce_(0, group[todo], todo, "amin")

@@ -8,6 +8,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
     Standardize                                 layer norm: sees all channels
+    Instance, GroupStandardize, RootMeanSquare  the other norms
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
     Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
@@ -15,6 +16,11 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Pad        zeros or a constant around space or channels
     Move       data movement; acts on channel labels exactly as on data
     Split      Move into several tensors, whose sizes stand in the user's code
+    Pick       Move to places that are computed
+    Create     a tensor of numbers that stand in the user's code (arange, zeros)
+    Matmul     of two computed tensors: attention's scores, and the mean of the values by them
+    Softmax    over an axis of positions
+    Attention  both at once, with the softmax between them (scaled_dot_product_attention)
     Recurrent  layers of LSTM, GRU or plain recurrent units, over all of their time
     Barrier    anything else: inputs stay as they are, outputs are unknown
 
@@ -47,6 +53,8 @@ class Node:
     target: Callable[..., Any] | None = None
     tensor: str | None = None
     """Full name of the parameter, buffer or constant that this node reads, if it reads one."""
+    sized: bool = False
+    """Whether a free size (the batch) stands in its arguments: they are those of the example alone."""
 
     def operands(self) -> Iterator[Node]:
         yield from _nodes((self.args, self.kwargs))
@@ -180,6 +188,33 @@ class Standardize(Operation):
 
 
 @dataclass(frozen=True)
+class Instance(Operation):
+    """Instance norm: every channel of axis 1 by itself, with its moments over space."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class GroupStandardize(Operation):
+    """Group norm: moments over space and the channels of one of `groups` groups, axis 1."""
+
+    x: Node
+    weight: Node | None
+    bias: Node | None
+    groups: int
+
+
+@dataclass(frozen=True)
+class RootMeanSquare(Operation):
+    """RMS norm: x / sqrt(mean of x^2 + eps) * weight, the mean over the channels, the last axis."""
+
+    x: Node
+    weight: Node | None
+
+
+@dataclass(frozen=True)
 class Pointwise(Operation):
     """f(x), element by element."""
 
@@ -264,6 +299,20 @@ class Move(Operation):
 
 
 @dataclass(frozen=True)
+class Pick(Operation):
+    """x at computed places: `act` (labels, places) moves labels as the node moves data."""
+
+    x: Node
+    places: tuple[Node | None, ...]
+    act: Callable[[Tensor, list[Tensor | None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Create(Operation):
+    """A tensor made of its settings alone: `arange`, `zeros`."""
+
+
+@dataclass(frozen=True)
 class Cat(Operation):
     """Joined along `axis`, a new one where `stack`."""
 
@@ -299,11 +348,41 @@ class Item(Operation):
 
 
 @dataclass(frozen=True)
+class Matmul(Operation):
+    """x @ y over the last axis of x and the last but one of y, or the last one where `transposed`."""
+
+    x: Node
+    y: Node
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Softmax(Operation):
+    """exp(x) over its sum along `axis`: what is the same all along the axis cancels."""
+
+    x: Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """softmax(scale * query @ key' + mask) @ value over the last two axes; heads stand on the axis before."""
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    causal: bool
+    scale: float
+    grouped: bool
+
+
+@dataclass(frozen=True)
 class Cell:
     """What one recurrent unit does with its `gates` rows of W_ih x + b_ih and W_hh h + b_hh.
 
     Its state changes sign with the row of the gate `odd`, and with no other; where `positive` (relu), that row
-    lets through any positive factor instead. `split`: this gate's two parts are not just added up (GRU).
+    lets through any positive factor instead. `split`: this gate's two parts meet each by itself (GRU).
     `function`: the state is f(row) and remembers nothing else; None where it does.
     """
 
@@ -317,7 +396,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Direction:
-    """One layer in one direction: its parameters. `project`: of LSTM with projections, the state's own weight."""
+    """The parameters of one layer in one direction. `project`: of LSTM with projections, the state's weight."""
 
     weight_ih: Node
     weight_hh: Node
@@ -341,7 +420,7 @@ class Recurrent(Operation):
 
 @dataclass(frozen=True)
 class Zeros(Operation):
-    """Zeros of a shape: where a recurrent layer starts. To any other reader they are as unknown as an input."""
+    """Zeros of a shape: where a recurrent layer starts from. To others they are as unknown as an input."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ terms that the output sums up there (without a domain: of its weights, at inputs
 
 The edit keeps all shapes. Nobody reads the s - r channels left over then, and the next selection takes them.
 
+Behind zero padding a constant t would be none: c then is what makes it cancel there, if anything does.
+
 Left out, and left alone: batch norm between the two, producers or consumers in groups, channels that several
 weights write, weights with another use, max pools; zero padding in front of a consumer where a constant t would
 meet it.
@@ -178,6 +180,8 @@ def _fold(
         back = inner @ torch.linalg.pinv(made)
         if not bool(back.isfinite().all()):
             return None
+        if place.act is None and not augmented and place.op.bias is not None:
+            offset = _balanced(place, spots, back, bias[rows]).to(stored).double()
         t = torch.zeros(len(rows), dtype=torch.float64) if augmented else bias[rows] - back @ offset
         folds = _consumer_folds(place, spots, back, t)
         if folds is not None:
@@ -187,6 +191,22 @@ def _fold(
         if place.act is not None or place.op.bias is None:
             return None
     return None
+
+
+def _balanced(place: _Place, spots: Sequence[Tensor | None], back: Tensor, bias: Tensor) -> Tensor:
+    """(r,) biases of the mixtures with which t = bias - back c cancels wherever no bias of a consumer can take it:
+    least squares, exact or of no use."""
+    columns, targets = [], []
+    for demand, spot in zip(place.consumers, spots, strict=True):
+        edge = ~torch.tensor(demand.port.op.layout.interior) | (not demand.takes_constants)
+        sent = demand.port.weight[spot][..., edge].sum(1).flatten(1)  # (s, outputs * taps)
+        columns.append((back.T @ sent).T)
+        targets.append(bias @ sent)
+    matrix, target = torch.cat(columns), torch.cat(targets).unsqueeze(1)
+    if not len(matrix):
+        return torch.zeros(back.shape[1], dtype=torch.float64)
+    found: Tensor = torch.linalg.lstsq(matrix, target, driver="gelsd").solution.squeeze(1)
+    return found
 
 
 def _consumer_folds(
@@ -215,7 +235,7 @@ def _read(
         parts.append(columns.flatten(0, 2))
         ends = ranges.get(port.op.x)
         if ends is None:
-            large = torch.zeros(len(port.weight), dtype=torch.float64)
+            large = torch.zeros(port.shape[0], dtype=torch.float64)
             large[spot] = terms.unsqueeze(1).expand_as(spot)
         else:
             large = _along(torch.maximum(ends[0].abs(), ends[1].abs()), port.op.layout.axis)
@@ -329,7 +349,7 @@ def _consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fol
     narrow = torch.cat([rest, spot[:rank].unsqueeze(0).expand(shape).reshape(-1)])
     values = torch.cat([torch.ones(len(rest), dtype=torch.float64), back.unsqueeze(2).expand(shape).reshape(-1)])
     room = (demand.bias, demand.mean, demand.new_bias) if bool((offset != 0).any()) else (None,) * 3
-    outputs = port.weight.shape[1]
+    outputs = port.shape[1]
     return Fold(
         port.name,
         layout,

@@ -26,7 +26,7 @@ from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import fitted
 from ep_prune.latency import latency_of
-from ep_prune.pipeline import Result, protected
+from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint
 from ep_prune.probes import synthetic_probes
 from ep_prune.readers import Structure
@@ -84,7 +84,8 @@ class Work:
         work._trace()
         work._limit_memory()
         work._check_answers()
-        frozen = dict(protected(work.program.graph, protect))
+        held = held_by_their_class(work.model)
+        frozen = {**protected(work.program.graph, protect), **held}
         frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
         work.frozen = frozen
         parameters = [name for name, _ in work.model.named_parameters()]
@@ -94,6 +95,7 @@ class Work:
                 f"two runs of the model on the same inputs differ ({why}): turn off what is random in it"
             )
         work._rehearse(parameters)
+        work.structure.untouched |= {axis[0].rpartition(".")[0] or axis[0]: why for axis, why in held.items()}
         return work
 
     model: nn.Module
@@ -301,7 +303,7 @@ class Work:
             step = self.structure.round(kept, own)
             apply_round_(narrow, step)
             rounds.append(step)
-        plan = Plan(tuple(rounds), fingerprint(self.wide.state_dict()), self.reduced.plan.notes)
+        plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=fingerprint(self.wide.state_dict()))
         return narrow, plan, self._held(narrow, held, errors)
 
     def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> Held:

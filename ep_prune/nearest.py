@@ -192,7 +192,7 @@ class Facets:
             at, coef = self._row[born[row, entry]], rows.coef[row, entry]
             square = square.index_add(0, row, (coef * vectors.error[at]).square())
             if isinstance(vectors, Dense):
-                new = vectors.values[at] * coef.unsqueeze(1)
+                new = vectors.rows(at) * coef.unsqueeze(1)
                 blocks[key] = _added(blocks.get(key), row, new, size)
             else:
                 atoms, values = vectors.rows.atoms[at], vectors.rows.coef[at] * coef.unsqueeze(1)

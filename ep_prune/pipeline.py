@@ -6,7 +6,6 @@ bounded a local threshold grows as long as the measured change of the output all
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,14 +19,17 @@ from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
+from ep_prune.head_mixing import head_mixtures
 from ep_prune.mixing import mixtures
+from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
 from ep_prune.selection import Selection, select, to_round
+from ep_prune.sharing import copy_of, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
-from ep_prune.trace import as_arguments, prepare, random_state_kept, run, trace
+from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
     Axis,
     State,
@@ -46,8 +48,10 @@ from ep_prune.verification import (
     check_inside,
     described,
     draw,
+    hand_back,
     plain,
     verify,
+    widened,
 )
 
 
@@ -78,6 +82,7 @@ def reduce(
     verify_result: bool = True,
     progress: bool | None = None,
     domain: Any = None,
+    replace_modules: bool = False,
 ) -> Result:
     """The narrowest equivalent of a trained model that the algebra finds, verified.
 
@@ -96,6 +101,8 @@ def reduce(
         domain: a box of inputs (lo, hi), numbers or arrays that broadcast to one sample; for several inputs a
             list of pairs (None: not bounded), or a dict by keyword. Units that bounds prove never to bend there
             are folded. The promise holds on this box, at the example's sizes, and is silent on inputs outside.
+        replace_modules: exchange modules that cannot hold fewer heads (`nn.MultiheadAttention`) for ones that can
+            (`ep_prune.modules.HeadAttention`); the report names them. Without it they are kept, and named.
 
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
@@ -105,15 +112,14 @@ def reduce(
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")
     with random_state_kept():
-        wide, notes = prepare(model)
-        run(wide, example_inputs)
+        wide, notes, shares = prepare_and_run(model, example_inputs, replace_modules)
         given = _listed(probes, example_inputs)
         boxes = None if domain is None else _declared(domain, example_inputs, given)
         bar = tqdm(total=None, desc="reduce", disable=None if progress is None else not progress, leave=False)
         with bar:
-            state = _start(wide, example_inputs, given, tol, seed, boxes)
+            state = _start(wide, example_inputs, given, tol, seed, boxes, shares)
             before = cost(wide, example_inputs)
-            state.frozen = protected(state.graph, protect)
+            state.frozen = protected(state.graph, protect) | held_by_their_class(state.model)
             _freeze_unseen_readers(state, example_inputs)
             records = _Records()
             _exact_rounds(state, records, example_inputs, bar)
@@ -121,8 +127,10 @@ def reduce(
                 _bounded_round(state, records, example_inputs, tol, bar)
                 _exact_rounds(state, records, example_inputs, bar)
             bar.set_postfix_str("verifying")
+            hand_back()
             stated = None if domain is None else plain(domain)
-            plan = Plan(tuple(state.rounds), fingerprint(wide.state_dict()), tuple(notes), stated)
+            own = fingerprint(wide.state_dict())
+            plan = Plan(tuple(state.rounds), own, tuple(notes), stated, replace_modules)
             checked = verify(
                 wide,
                 state.model,
@@ -135,6 +143,7 @@ def reduce(
                 ascent_steps=8 if verify_result else 0,
                 reach=verify_result,
                 domain=domain,
+                share=shares,
             )
             if verify_result:
                 checked.raise_if_different()
@@ -152,6 +161,7 @@ def reduce(
             domain="" if domain is None else described(boxes or []),
         )
         narrow = with_modes_of(model, state.model)
+        unshare_(narrow, model)
     return Result(narrow, plan, report, checked, state.frozen, boxes)
 
 
@@ -214,20 +224,24 @@ def _start(
     tol: float,
     seed: int,
     boxes: list[Box | None] | None,
+    shares: bool,
 ) -> State:
     promised = given if given is not None else synthetic_probes(wide, example_inputs, seed) if tol > 0 else []
     inside = [] if boxes is None else _inside(example_inputs, boxes, seed)
     if given is None and boxes is not None and tol > 0:
         promised = inside
     reference = []
-    double = copy.deepcopy(wide).double()
+    double = widened(wide, shares)
     for batch in [example_inputs, *inside, *(promised if tol > 0 else [])]:
         inputs = as_double(batch)
         reference.append((inputs, outputs_of(double, inputs)))
     dtype = next((p.dtype for p in wide.parameters() if p.is_floating_point()), torch.float64)
     limit = tol if tol > 0 else (1e-9 if dtype == torch.float64 else 1e4 * torch.finfo(dtype).eps)
     graph = trace(wide, example_inputs)
-    return State(wide, graph, reference, limit, given is not None, promised, example=example_inputs, boxes=boxes)
+    probes_given = given is not None
+    return State(
+        wide, graph, reference, limit, probes_given, promised, example=example_inputs, boxes=boxes, shares=shares
+    )
 
 
 def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
@@ -241,22 +255,59 @@ def protected(graph: Graph, protect: Sequence[str]) -> dict[Axis, str]:
     return frozen
 
 
+def held_by_their_class(model: nn.Module) -> dict[Axis, str]:
+    """The heads of every `nn.MultiheadAttention`, whose class ties their sizes to those of its inputs."""
+    reason = (
+        "nn.MultiheadAttention cannot hold fewer heads: replace_modules=True exchanges it for a module that can"
+    )
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+    return {(f"{path}.{name}".removeprefix("."), 0): reason for path in fixed_attentions(model) for name in names}
+
+
 def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     """Spaces that layers outside the inference trace read (auxiliary heads) stay as they are."""
-    state.frozen |= read_in_training(state.model, state.graph, example_inputs)
+    state.frozen |= read_in_training(state.model, state.graph, example_inputs, state.shares)
 
 
 def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
     while True:
-        while True:
-            bar.set_postfix_str(f"round {len(state.rounds) + 1}")
-            bar.update()
-            numbering = state.number()
-            chosen = select(numbering, frozen_slots(numbering, state.frozen))
-            if not _settle(state, records, chosen, to_round(chosen), example_inputs):
-                break
+        while _selection_round(state, records, example_inputs, bar):
+            pass
+        if _head_mixing_round(state, records, example_inputs):
+            continue
         if not _mixing_round(state, records, example_inputs):
             return
+
+
+def _selection_round(state: State, records: _Records, example_inputs: Any, bar: Any) -> bool:
+    """Number, select and take one round. What was found out for it is given up at its end."""
+    bar.set_postfix_str(f"round {len(state.rounds) + 1}")
+    bar.update()
+    numbering = state.number()
+    chosen = select(numbering, frozen_slots(numbering, state.frozen))
+    return _settle(state, records, chosen, to_round(chosen), example_inputs)
+
+
+def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
+    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
+    records.folded |= {mixture.layer for mixture in found}
+    everything = Round(
+        folds=tuple(fold for mixture in found for fold in mixture.step.folds),
+        mixes=tuple(mix for mixture in found for mix in mixture.step.mixes),
+    )
+    together = attempt_round(state, everything, example_inputs) if found else ""
+    taken = False
+    for mixture in found if isinstance(together, str) else found[:1]:
+        outcome = together if not isinstance(together, str) else attempt_round(state, mixture.step, example_inputs)
+        if isinstance(outcome, str):
+            continue
+        state.model, state.graph, step = outcome
+        state.rounds.append(step)
+        taken = True
+        for done in [mixture] if isinstance(together, str) else found:
+            records.left |= done.left
+    return taken
 
 
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
@@ -274,8 +325,8 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         if not isinstance(outcome, str):
             records.mixed = axis, state.graph.tensors[found.weight].shape[found.axis]
             records.left[axis] = found.left
-            state.model, state.graph = outcome
-            state.rounds.append(found.step)
+            state.model, state.graph, step = outcome
+            state.rounds.append(step)
             return True
         state.frozen[axis] = f"rolled back: {outcome}"
 
@@ -289,7 +340,7 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
     records.add(chosen, state.frozen)
     if isinstance(outcome, str):
         return False
-    state.model, state.graph = outcome
+    state.model, state.graph, step = outcome
     state.rounds.append(step)
     return True
 
@@ -302,6 +353,8 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
+    folded: set[str] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
 
@@ -338,10 +391,10 @@ def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: fl
         step = to_round(chosen)
         kept = int(chosen.kept.sum())
         if kept not in measured:  # a higher threshold that takes no more than the last one needs no new trial
-            narrow = copy.deepcopy(state.model)
+            narrow = copy_of(state.model, state.shares)
             apply_round_(narrow, step)
             try:
-                measured[kept] = difference(narrow, state.reference) <= state.limit
+                measured[kept] = difference(narrow, state.reference, state.shares) <= state.limit
             except InputError:  # a size in the code: the exact trial below finds and names it
                 measured[kept] = True
         return (chosen, step) if measured[kept] else None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Mix, Refit, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Heads, Mix, Refit, Round, Scale
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
 from ep_prune.rewrite import apply_round_
@@ -32,6 +32,8 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     domain: Any = None
     """The box (lo, hi) of inputs on which the narrow model is the same, as nested lists; None: everywhere."""
+    replace_modules: bool = False
+    """Whether modules that cannot hold the new sizes were exchanged first."""
 
     @property
     def fitted(self) -> bool:
@@ -45,7 +47,7 @@ class Plan:
         is compared with the wide model instead. Raises `PlanError` where the weights differ and there are none, or
         the plan is of grade fitted, `VerificationError` where the outcome differs.
         """
-        wide, _ = prepare(model)
+        wide, _ = prepare(model, self.replace_modules)
         own = fingerprint(wide.state_dict()) == self.fingerprint
         if not own and self.fitted:
             raise PlanError("the plan holds weights that were fitted for others than these: compress this model")
@@ -125,20 +127,24 @@ class Plan:
                     }
                     for refit in step.refits
                 ],
+                "heads": [[h.layer, h.heads, h.shared, h.size] for h in step.heads],
+                "scales": [[s.tensor, s.axis, keep(s.places), s.factor] for s in step.scales],
             }
             for step in self.rounds
         ]
-        header = {"version": 3, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        header = {"version": 4, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
+        if self.replace_modules:
+            header["replace_modules"] = True
         return tensors, json.dumps(header)
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") not in (2, 3):
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 and 3")
+        if data.get("version") not in (2, 3, 4):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 4")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -173,10 +179,13 @@ class Plan:
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
                 tuple(mix(item) for item in step.get("mixes", ())),
                 tuple(refit(item) for item in step.get("refits", ())),
+                tuple(Heads(layer, *map(tuple, sizes)) for layer, *sizes in step.get("heads", ())),
+                tuple(Scale(name, axis, tensors[key], by) for name, axis, key, by in step.get("scales", ())),
             )
             for step in data["rounds"]
         )
-        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"))
+        exchanged = bool(data.get("replace_modules"))
+        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"), exchanged)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -185,7 +194,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ functions of `kept`: a bool for every slot root (`slots`).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,10 +25,11 @@ from ep_prune.calibrate import Program, Rows, positions
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import Cut, Refit, Round
 from ep_prune.graph import Contract, Graph, Item, Node, Normalize, Pass, Pointwise, Sum
+from ep_prune.heads import heads_of
 from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
-from ep_prune.slots import EqualCounts, Groups, Slots
+from ep_prune.slots import Blends, EqualCounts, Groups, Slots
 from ep_prune.spaces import longest_axis, spaces, units_along
 
 LARGEST = 4700
@@ -121,7 +122,10 @@ class Free:
     name: str
     roots: Tensor
     longest: Tensor
-    """The roots along its longest axis, kept ones and all: what `round_to` counts."""
+    """The roots along its longest axis, kept ones and all: what `min_width` counts."""
+    widths: tuple[Tensor, ...]
+    """The roots along every axis that these channels make up, each of which `round_to` counts: of heads, their
+    queries, keys, values and outputs."""
     sections: Tensor | None = None
     """(len(roots),) which of several equal groups each channel belongs to: these keep equally many. None: no
     such."""
@@ -199,8 +203,14 @@ class Structure:
             free = own[~self.pinned[own]]
             if len(free) > (0 if len(free) < len(own) else 1):
                 longest = units_along(self._selection, longest_axis(self._selection, space.axes))
-                found.append(Free(space.name, free, longest, self._sections(free)))
+                found.append(Free(space.name, free, longest, self._widths(axes, longest), self._sections(free)))
         return found
+
+    def _widths(self, axes: Sequence[Tensor], longest: Tensor) -> tuple[Tensor, ...]:
+        own = torch.unique(longest)
+        blends = (c for c in self.numbering.slots.constraints if isinstance(c, Blends))
+        outputs = [self.roots[blend.out].reshape(-1) for blend in blends]
+        return tuple(axis for axis in [*axes, *outputs] if torch.equal(torch.unique(axis), own))
 
     def _sections(self, free: Tensor) -> Tensor | None:
         for constraint in self.numbering.slots.constraints:
@@ -305,11 +315,13 @@ class Structure:
             keep = kept[self.roots[slots]]
             if name not in done and not bool(keep.all()):
                 cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-        return Round(cuts=tuple(cuts), refits=tuple(refits))
+        heads = heads_of(self.numbering, self.roots, kept)
+        return Round(cuts=tuple(cuts), refits=tuple(refits), heads=heads)
 
 
 def _join_depthwise(slots: Slots) -> None:
-    """A group of one input goes as a whole: its input and its outputs are one channel."""
+    """A group of one input goes as a whole: its input and its outputs are one channel. So is a head."""
+    slots.join_heads()
     for constraint in slots.constraints:
         if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
             slots.unify(constraint.inputs, constraint.outputs)

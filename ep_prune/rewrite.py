@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_prune.embedding import Fold, Mix, Round
+from ep_prune.embedding import Fold, Heads, Mix, Round
 from ep_prune.errors import PlanError
 
 
@@ -63,12 +63,20 @@ def apply_round_(model: nn.Module, step: Round) -> None:
                 new[name] = refit.constants.to(current(name))
         if refit.new_bias is not None and refit.constants is not None:
             created.append((refit.new_bias, refit.constants.to(new[refit.weight])))
+    for scale in step.scales:
+        old = current(scale.tensor)
+        factor = torch.ones(old.shape[scale.axis], dtype=torch.float64)
+        factor[scale.places] = scale.factor
+        shape = [-1 if axis == scale.axis else 1 for axis in range(old.ndim)]
+        new[scale.tensor] = (old.double() * factor.to(old.device).reshape(shape)).to(old.dtype)
     groups = {fold.weight: len(fold.groups) for fold in step.folds}
     resize_(model, new, groups | {refit.weight: refit.groups for refit in step.refits})
     for path, bias in created:
         module = model.get_submodule(path)
         trained = module.get_parameter("weight").requires_grad
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
+    for heads in step.heads:
+        count_heads_(model.get_submodule(heads.layer), heads)
 
 
 def mixed(mix: Mix, weight: Tensor) -> Tensor:
@@ -128,11 +136,52 @@ def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) ->
         for kind, refresh in _ATTRIBUTES:
             if isinstance(module, kind):
                 refresh(module)
+        if type(module).__name__ == "Conv1D" and {"nf", "nx"} & vars(module).keys():
+            _linear_of_transformers(module)
+
+
+def count_heads_(module: nn.Module, heads: Heads) -> None:
+    """Bring the integers by which an attention's code cuts its channels into heads up to date.
+
+    They go by their usual names, and only where they have the value that the name says: what this misses, the
+    trial of the round sees.
+    """
+    widths = [
+        (h * d, k * d, h // max(k, 1)) for h, k, d in zip(heads.heads, heads.shared, heads.size, strict=True)
+    ]
+    total, shared_total, repeats = zip(*widths, strict=True)
+    for names, (old, new) in (
+        (_HEADS, heads.heads),
+        (_SHARED, heads.shared),
+        (_SIZES, heads.size),
+        (_TOTALS, total),
+        (_SHARED_TOTALS, shared_total),
+        (_REPEATS, repeats),
+    ):
+        for name in names & vars(module).keys():
+            if type(getattr(module, name)) is int and getattr(module, name) == old:
+                setattr(module, name, new)
+
+
+_HEADS = {"num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "num_q_heads", "nh"}
+_SHARED = {"num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_kv_head", "n_local_kv_heads"}
+_SIZES = {"head_dim", "dim_head", "head_size", "attention_head_size", "dim_per_head", "key_value_proj_dim",
+          "d_kv", "d_k", "d_v", "head_channels", "hd"}  # fmt: skip
+_TOTALS = {"all_head_size", "inner_dim", "split_size", "attn_dim", "attention_dim", "q_size"}
+_SHARED_TOTALS = {"kv_dim", "kv_size"}
+_REPEATS = {"num_key_value_groups", "n_rep", "num_queries_per_kv", "repeats", "rep"}
 
 
 def _linear(module: nn.Module) -> None:
     assert isinstance(module, nn.Linear)
     module.out_features, module.in_features = module.weight.shape
+
+
+def _linear_of_transformers(module: nn.Module) -> None:
+    """transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    for name, size in zip(("nx", "nf"), module.get_parameter("weight").shape, strict=True):
+        if hasattr(module, name):
+            setattr(module, name, size)
 
 
 def _convolution(module: nn.Module) -> None:
@@ -153,6 +202,19 @@ def _norm(module: nn.Module) -> None:
 
 def _layer_norm(module: nn.Module) -> None:
     assert isinstance(module, nn.LayerNorm)
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def _group_norm(module: nn.Module) -> None:
+    assert isinstance(module, nn.GroupNorm) and module.weight is not None
+    if module.num_groups == module.num_channels:
+        module.num_groups = len(module.weight)
+    module.num_channels = len(module.weight)
+
+
+def _root_mean_square(module: nn.Module) -> None:
+    assert isinstance(module, nn.RMSNorm)
     if module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
 
@@ -185,6 +247,8 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.modules.conv._ConvNd, _convolution),
     (nn.modules.batchnorm._NormBase, _norm),
     (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.RMSNorm, _root_mean_square),
     (nn.PReLU, _prelu),
     (nn.Embedding, _table),
     (nn.RNNBase, _recurrent),

@@ -24,6 +24,7 @@ from torch import Tensor
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
+from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Fewer, Groups
 
@@ -35,6 +36,8 @@ STAYED = (
     "kept for equal parts",
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
+    NEEDED,
+    "a constant that no bias can take: zero padding follows, or there is no bias",
 )
 
 
@@ -90,7 +93,9 @@ def _hit_classes(chosen: Selection, demand: Demand) -> None:
     hit = torch.zeros(n, dtype=torch.bool)
     hit[demand.leader[kept]] = True
     missing = demand.live & ~hit & some
-    chosen.keep(demand.roots[demand.prefer[missing]], "distinct and read")
+    constant = demand.port.x.rows.is_constant()
+    chosen.keep(demand.roots[demand.prefer[missing & ~constant]], "distinct and read")
+    chosen.keep(demand.roots[demand.prefer[missing & constant]], STAYED[-1])
 
 
 def close(chosen: Selection) -> None:
@@ -98,12 +103,6 @@ def close(chosen: Selection) -> None:
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
         before = int(chosen.kept.sum())
-        for bound in slots.bound.values():
-            if not bool(chosen.kept[roots[bound]].any()):
-                chosen.keep(roots[bound[:1]], "last of its layer")
-        for demand in chosen.demands.values():
-            if not bool(chosen.kept[demand.roots].any()):
-                chosen.keep(demand.roots[:1], "last of its layer")
         for constraint in slots.constraints:
             if isinstance(constraint, Groups):
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
@@ -112,6 +111,15 @@ def close(chosen: Selection) -> None:
             elif isinstance(constraint, Fewer):
                 least = chosen.kept[roots[constraint.few]].sum() + 1
                 _fill(chosen, roots[constraint.many].unsqueeze(0), least.reshape(1))
+        close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
+        if int(chosen.kept.sum()) > before:
+            continue
+        for bound in slots.bound.values():  # last: a head that stays brings its channels along
+            if not bool(chosen.kept[roots[bound]].any()):
+                chosen.keep(roots[bound[:1]], "last of its layer")
+        for demand in chosen.demands.values():
+            if not bool(chosen.kept[demand.roots].any()):
+                chosen.keep(demand.roots[:1], "last of its layer")
         if int(chosen.kept.sum()) == before:
             return
 
@@ -151,7 +159,9 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
     members = torch.zeros(n).index_add_(0, demand.leader[varies], torch.ones(int(varies.sum())))
     cancelled = varies & demand.net_zero[demand.leader] & (members[demand.leader] > 1) & demand.foldable
     merged = varies & ~kept & (stand_in < n) & ~cancelled
-    told_apart = (merged | cancelled) & (demand.leader != here) & demand.amplified()
+    told_apart = (merged | cancelled) & (demand.leader != here)
+    if bool(told_apart.any()):
+        told_apart &= demand.amplified()
     if bool(told_apart.any()):
         demand.tell_apart(told_apart)
         chosen.keep(demand.roots[told_apart], "near a copy, but its outgoing weights tell them apart")
@@ -238,4 +248,4 @@ def to_round(chosen: Selection) -> Round:
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
             cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-    return Round(tuple(folds), tuple(cuts))
+    return Round(tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept))

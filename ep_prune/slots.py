@@ -51,13 +51,65 @@ class Standardized:
     reason: str
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Channels that one axis of the code's `view` lays out on several axes, in their order.
+
+    slots (n_1, ..., n_m): at every level all the parts that stay keep equally many of theirs.
+    """
+
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """slots (parts, size): what meets a tensor of fixed size stays with all of its part (rotary positions)."""
+
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention's scores: each head sums the products of its queries and keys.
+
+    score (H,), query (H, d), key (H, d; repeated where heads share keys), needed (H, d): products that are no
+    constants. A head stays with all that it needs, and at least one channel. cancels: the scores go to a softmax
+    over the keys, so that what is the same for all keys does not count.
+    """
+
+    score: Tensor
+    query: Tensor
+    key: Tensor
+    needed: Tensor
+    cancels: bool = True
+    layer: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Blends:
+    """Attention's means of the values: score (H,), value (H, e; repeated where heads share values), out (H, e).
+
+    keeps_constants: the weights of the mean sum up to 1."""
+
+    score: Tensor
+    value: Tensor
+    out: Tensor
+    keeps_constants: bool = True
+    node: str = ""
+
+
+Constraint = EqualCounts | Groups | Fewer | Standardized | Grid | Whole | Scores | Blends
+
+
 @dataclass
 class Slots:
-    """All slots of one numbering."""
+    """All slots of one numbering. `grids`: channels on several axes, of which only attention makes use as such."""
 
     count: int = 0
     bound: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    constraints: list[EqualCounts | Groups | Fewer | Standardized] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+    grids: list[Tensor] = field(default_factory=list)
     _unions: list[Tensor] = field(default_factory=list)
     _pins: list[tuple[Tensor, str]] = field(default_factory=list)
 
@@ -79,6 +131,47 @@ class Slots:
 
     def pin(self, slots: Tensor, reason: str) -> None:
         self._pins.append((slots.reshape(-1), reason))
+
+    def pin_heads(self) -> None:
+        """Keep all channels that attention divides into heads, for those who do not know how to."""
+        for constraint in self.constraints:
+            if isinstance(constraint, Scores | Blends):
+                for part in _sides(constraint):
+                    self.pin(part, "divided into attention heads")
+            elif isinstance(constraint, Grid | Whole):
+                self.pin(constraint.slots, "divided into attention heads")
+
+    def join_heads(self) -> None:
+        """Make one slot of every head, for those who take whole heads alone."""
+        for constraint in self.constraints:
+            if isinstance(constraint, Scores | Blends):
+                for part in _sides(constraint):
+                    self.unify(part, constraint.score.unsqueeze(1))
+
+    def settle_grids(self) -> None:
+        """Channels on several axes of a tensor: where attention reads them, each head by itself keeps equally
+        many; elsewhere a full grid stays, and what goes, goes along the longest axis at once."""
+        if not self.grids:
+            return
+        roots = self.roots()
+        sides = [_sides(c) for c in self.constraints if isinstance(c, Scores | Blends)]
+        heads = [part.reshape(-1) for pair in sides for part in pair]
+        of_heads = torch.zeros(self.count, dtype=torch.bool)
+        if heads:
+            of_heads[roots[torch.cat(heads)]] = True
+        for grid in self.grids:
+            if bool(of_heads[roots[grid]].all()):
+                self.constraints.append(Grid(grid))
+            else:
+                self.keep_rectangular(grid)
+        self.grids.clear()
+
+    def keep_rectangular(self, grid: Tensor) -> None:
+        """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once."""
+        carries = [grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)]
+        cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a]))
+        lead = grid.movedim(cut, 0).reshape(grid.shape[cut], -1)
+        self.unify(lead, lead[:, :1])
 
     def roots(self) -> Tensor:
         """(count,) the smallest slot of every slot's set: min-label propagation with pointer jumping."""
@@ -111,3 +204,9 @@ class Slots:
         for slots, reason in self._pins:
             found.setdefault(reason, []).append(roots[slots])
         return {reason: torch.unique(torch.cat(parts)) for reason, parts in found.items()}
+
+
+def _sides(constraint: Scores | Blends) -> tuple[Tensor, Tensor]:
+    if isinstance(constraint, Scores):
+        return constraint.query, constraint.key
+    return constraint.value, constraint.out

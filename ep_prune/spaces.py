@@ -108,7 +108,7 @@ def longest_axis(chosen: Selection, axes: Iterable[tuple[str, int]]) -> tuple[st
 
 
 def units_along(chosen: Selection, axis: tuple[str, int]) -> Tensor:
-    """The roots along an axis; of a recurrent weight, which has a row for every gate, those of the first."""
+    """The roots along an axis; of a recurrent weight's, with a row for every gate, those of its first gate."""
     n = chosen.numbering
     own = chosen.roots[n.slots.bound[axis]]
     return own[: len(own) // n.gates.get(axis[0], 1)]

@@ -91,7 +91,7 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
     if "ep_prune.plan" not in metadata:
         raise PlanError(f"{path} holds no plan: write it with ep_prune.save")
     plan = Plan.from_tensors(tensors, metadata["ep_prune.plan"])
-    wide, _ = prepare(factory())
+    wide, _ = prepare(factory(), plan.replace_modules)
     narrow = wide
     for step in plan.rounds:
         apply_round_(narrow, step)

@@ -6,13 +6,14 @@ size of 1 for a constant). Parameters go by their names in the module, with ever
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.errors import InputError, TraceError
 from ep_prune.graph import Graph, Node
+from ep_prune.modules import replace_
 from ep_prune.rules import REGISTRY
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -33,7 +35,7 @@ _COMPOSED = get_decompositions([torch.ops.aten.glu, torch.ops.aten.addcmul, torc
 """Operators that are taken apart into others, which have rules."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """The global random state, of every device, is afterwards as it was."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
@@ -49,11 +51,12 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
+def prepare(model: nn.Module, replace_modules: bool = False, share: bool = False) -> tuple[nn.Module, list[str]]:
     """A private copy to work on: unwrapped, in eval mode, parametrizations baked into plain weights.
 
-    Returns the copy and notes on what was unwrapped or baked. Raises `InputError` for what cannot be
-    handled, naming the layer and what to do.
+    Returns the copy and notes on what was unwrapped, baked, or exchanged for modules whose sizes are free. Raises
+    `InputError` for what cannot be handled, naming the layer and what to do. share: its parameters are in the
+    memory of the model's.
     """
     notes: list[str] = []
     if not isinstance(model, nn.Module):
@@ -76,13 +79,15 @@ def prepare(model: nn.Module) -> tuple[nn.Module, list[str]]:
             raise InputError(f"layer {name!r} is quantized: reduce the float model before quantizing it")
     _check_tensors(model)
     try:
-        working = copy.deepcopy(model, _computed_attributes(model))
+        working = copy.deepcopy(model, _computed_attributes(model) | (own_parameters(model) if share else {}))
     except Exception as error:
         raise InputError(f"the model cannot be copied ({error}): detach tensors kept as attributes") from error
     baked = _bake(working)
     if baked:
         _check_tensors(working)  # weight norm makes NaN of a row of zeros
     notes += baked
+    if replace_modules:
+        notes += replace_(working)
     return working.eval(), notes
 
 
@@ -91,6 +96,13 @@ def _computed_attributes(model: nn.Module) -> dict[int, Any]:
     as a plain attribute is copied without it."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
+
+
+def own_parameters(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy: parameters of their own, in the memory of the model's."""
+    return {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter
+    }
 
 
 def _check_tensors(model: nn.Module) -> None:
@@ -202,12 +214,27 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                     program = program.run_decompositions(dict(_COMPOSED))
                 return _convert(program, model)
             except Exception as error:
+                if _register_dataclasses(model, example_inputs):
+                    return trace(model, example_inputs)
                 failure = failure or error
     assert failure is not None
     raise TraceError(
         f"the model cannot be exported{_stopped_at(failure)}: {_first_line(failure)}; "
         "reduce a submodule that does export instead (ep_prune.reduce(model.backbone, ...))"
     ) from failure
+
+
+def _register_dataclasses(model: nn.Module, inputs: Any) -> bool:
+    """Tell PyTorch of the dataclasses that a model returns, which it does not export otherwise; whether there were
+    any that it did not know."""
+    try:
+        leaves = pytree.tree_leaves(run(model, inputs))
+    except InputError:
+        return False
+    unknown = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)}
+    for kind in unknown:
+        torch.export.register_dataclass(kind)
+    return bool(unknown)
 
 
 def _is_functional(program: torch.export.ExportedProgram) -> bool:
@@ -225,7 +252,7 @@ def _is_functional(program: torch.export.ExportedProgram) -> bool:
     return True
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export logs and warns at length about sizes that it cannot solve for; a failure is raised all the same."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.fx", "torch.export")]
@@ -318,6 +345,7 @@ def _convert(program: torch.export.ExportedProgram, model: nn.Module) -> Graph:
             source=_source(fx.meta.get("stack_trace")),
             target=fx.target if callable(fx.target) else None,
             tensor=read,
+            sized=any(isinstance(x.meta.get("val"), torch.SymInt) for x in fx.all_input_nodes),
         )
         nodes[fx] = node
         converted.append(node)

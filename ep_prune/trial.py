@@ -7,9 +7,8 @@ spaces at fault are found by bisection, left alone and named with the reason.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +16,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ep_prune.bounds import Bounds, prove
-from ep_prune.embedding import Round
+from ep_prune.embedding import Round, Scale
 from ep_prune.errors import EpPruneError, InputError, VerificationError
-from ep_prune.graph import Graph, Node
+from ep_prune.graph import Attention, Graph, Node, Product
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rewrite import apply_round_
+from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, select, to_round
+from ep_prune.sharing import copy_of
 from ep_prune.spaces import Space, spaces
 from ep_prune.trace import as_arguments, run, trace
-from ep_prune.verification import Box, InFloat64
+from ep_prune.verification import Box, InFloat64, widened
 
 Axis = tuple[str, int]
 T = TypeVar("T")
@@ -48,6 +49,8 @@ class State:
     example: Any = None
     boxes: list[Box | None] | None = None
     """The declared box of every tensor among the inputs; None: no domain is declared."""
+    shares: bool = False
+    """Whether copies of the model may share its parameters: no forward pass writes into one."""
     _ranges: dict[int, tuple[Graph, dict[Node, tuple[Tensor, Tensor]]]] = field(default_factory=dict)
 
     def ranges(self) -> dict[Node, tuple[Tensor, Tensor]]:
@@ -95,7 +98,7 @@ def as_double(inputs: Any) -> Any:
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that a float64 model returns, in order."""
+    """The tensors that a model returns, in order, computed in float64."""
     with InFloat64():  # a cast inside the model is no rounding of ours
         found = run(model, inputs)
     return [leaf for leaf in pytree.tree_leaves(_plain(found)) if isinstance(leaf, Tensor)]
@@ -107,12 +110,12 @@ def _plain(output: Any) -> Any:
     return {key: getattr(output, key) for key in fields} if fields and not isinstance(output, dict) else output
 
 
-def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) -> float:
+def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]], share: bool = False) -> float:
     """Largest relative change of any output tensor over the reference inputs, in float64.
 
-    inf where shapes differ. Raises `InputError` where the model does not run.
+    inf where shapes differ. Raises `InputError` where the model does not run. share: as in `State.shares`.
     """
-    double = copy.deepcopy(model).double()
+    double = widened(model, share)
     worst: dict[int, tuple[float, float]] = {}
     for inputs, expected in reference:
         found = outputs_of(double, inputs)
@@ -129,13 +132,13 @@ def difference(model: nn.Module, reference: Sequence[tuple[Any, list[Tensor]]]) 
     return max((change / size if size else change for change, size in worst.values()), default=0.0)
 
 
-def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any) -> dict[Axis, str]:
+def read_in_training(model: nn.Module, graph: Graph, example_inputs: Any, share: bool = False) -> dict[Axis, str]:
     """The axes that layers outside the inference trace read (auxiliary heads), with the reason to keep them."""
     unseen = set(graph.untraced)
     if not unseen:
         return {}
     try:
-        numbering = number_channels(trace(copy.deepcopy(model).train(), example_inputs))
+        numbering = number_channels(trace(copy_of(model, share).train(), example_inputs))
     except EpPruneError:
         return {}
     found: dict[Axis, str] = {}
@@ -155,12 +158,15 @@ def frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph] | str:
-    """The narrow model and its graph, or why not: it does not run, differs, or exports to something else."""
-    narrow = copy.deepcopy(state.model)
+def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph, Round] | str:
+    """The narrow model, its graph and the round as it was taken, or why not: it does not run, differs, or exports
+    to something else."""
+    if step.heads:
+        step = with_scales(state, step, example_inputs)
+    narrow = copy_of(state.model, state.shares)
     apply_round_(narrow, step)
     try:
-        change = difference(narrow, state.reference)
+        change = difference(narrow, state.reference, state.shares)
     except InputError as error:
         cause = error.__cause__ or error
         return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
@@ -170,8 +176,55 @@ def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Mo
         graph = trace(narrow, example_inputs)
     except EpPruneError as error:
         return f"the narrow model does not export ({error})"
-    calls, before = ([n.op for n in g.nodes if n.target is not None] for g in (graph, state.graph))
-    return (narrow, graph) if calls == before else "the narrow model would run other operators"
+    calls, before = ([n.op for n in _calls(g)] for g in (graph, state.graph))
+    return (narrow, graph, step) if calls == before else "the narrow model would run other operators"
+
+
+def _calls(graph: Graph) -> list[Node]:
+    """The operators that compute or choose; how memory is laid out may follow the widths (an axis of size 1)."""
+    return [n for n in graph.nodes if n.target is not None and n.op not in _LAYOUT]
+
+
+_LAYOUT = ("aten.clone", "aten.contiguous", "aten.view", "aten._unsafe_view", "aten.reshape")
+
+
+def with_scales(state: State, step: Round, example_inputs: Any) -> Round:
+    """The round, with queries that make up for scales which the code takes from the size of a head.
+
+    Only the narrow model's own trace tells them: numbers that are not what they were, in attention's layer.
+    """
+    narrow = copy_of(state.model, state.shares)
+    apply_round_(narrow, step)
+    try:
+        graph = trace(narrow, example_inputs)
+    except EpPruneError:
+        return step
+    calls, before = (_calls(g) for g in (graph, state.graph))
+    if [n.op for n in calls] != [n.op for n in before]:
+        return step
+    change: dict[str, float] = {}
+    for old, new in zip(before, calls, strict=True):
+        ratio = _scale_of(new, graph) / _scale_of(old, state.graph)
+        change[old.layer] = change.get(old.layer, 1.0) * ratio
+    scales = [
+        Scale(tensor, axis, places, 1 / change[heads.layer])
+        for heads in step.heads
+        if change.get(heads.layer, 1.0) not in (0.0, 1.0)
+        for tensor, axis, places in heads.queries
+    ]
+    return replace(step, scales=tuple(scales))
+
+
+def _scale_of(node: Node, graph: Graph) -> float:
+    """The number by which a node multiplies what it reads; 1 where it is no such node."""
+    kind = kind_of(node, graph)
+    if isinstance(kind, Attention):
+        return kind.scale
+    if isinstance(kind, Product):
+        numbers = [float(side) for side in (kind.x, kind.y) if not isinstance(side, Node)]
+        if len(numbers) == 1 and numbers[0] != 0:
+            return 1 / numbers[0] if kind.divide else numbers[0]
+    return 1.0
 
 
 def roll_back(

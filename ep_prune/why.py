@@ -297,7 +297,7 @@ def _seen(facets: Facets, needs: Sequence[Demand], roots: Tensor) -> Tensor:
         for port, net in zip(demand.ports, demand.nets, strict=True):
             recorded = port.x.root_mean_square()
             scale = recorded if bool(recorded.isfinite().all()) else facets.size(port.x)
-            sent = torch.where(outputs, net.square().sum(2).sqrt(), 0.0) * scale.unsqueeze(1)
+            sent = torch.where(outputs, net.values().square().sum(2).sqrt(), 0.0) * scale.unsqueeze(1)
             total = sent.square().reshape(port.groups, -1, sent.shape[1]).sum(1).sqrt().clamp_min(1e-300)
             share = (sent.reshape(port.groups, -1, sent.shape[1]) / total.unsqueeze(1)).reshape(sent.shape)
             seen.scatter_reduce_(0, demand.roots, share.amax(1)[demand.leader], "amax")

@@ -188,8 +188,14 @@ def _tried(narrow: nn.Module, example_inputs: Any, job: _Job) -> tuple[nn.Module
         why = _wrong(narrow, _written(narrow, alone), example_inputs)
         if why:
             guilty[pull.name] = why
-    if not guilty:
-        raise InputError(f"the wide model differs, though with each space widened alone it does not: {reason}")
+    good: list[str] = []
+    for pull in work.pulls if not guilty else []:  # each alone is right: take as many together as are
+        both, _ = _attempts(narrow, job, frozenset({*good, pull.name}))
+        why = _wrong(narrow, _written(narrow, both), example_inputs)
+        if why:
+            guilty[pull.name] = f"not together with {', '.join(good)}: {why}"
+        else:
+            good.append(pull.name)
     work, refused = _attempts(narrow, job, frozenset(job.order.widths) - guilty.keys())
     wide = _written(narrow, work)
     reason = _wrong(narrow, wide, example_inputs)

@@ -34,6 +34,7 @@ class WideSpace:
 def numbered(graph: Graph) -> tuple[Numbering, dict[Node, Operation]]:
     """The numbering, with the two sides of every depthwise convolution tied: its channels widen together."""
     n = number_channels(graph)
+    n.slots.pin_heads()
     for constraint in n.slots.constraints:
         if isinstance(constraint, Groups) and constraint.inputs.shape[1] == 1:
             n.slots.unify(constraint.inputs.expand_as(constraint.outputs), constraint.outputs)

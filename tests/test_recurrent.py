@@ -1,4 +1,4 @@
-"""Recurrent layers: widenings are undone, what differs is kept, modules stay true, other commands stand aside."""
+"""Recurrent layers: random widenings are undone, what differs stays, modules stay true, others stand aside."""
 
 import copy
 import sys

@@ -21,6 +21,7 @@ from ep_prune import pipeline
 from ep_prune.graph import Barrier, Graph, Node, Pass
 from ep_prune.rules import REGISTRY
 from ep_prune.trace import trace
+from tests.attention import operators
 from tests.planted import (
     ROLES,
     Bundle,
@@ -343,6 +344,13 @@ add("from transposed", transposed, PLANE, POSITIVE)
 for _kind in ("addmm", "mm", "matmul"):
     # the constants have a bias to go to in addmm alone
     add(_kind, product(_kind), VECTOR, ODD if _kind == "addmm" else (A, B, SCALED, K2), producer="")
+
+
+# ---- other norms: instance norm lets a sign through, the others keep their channels ---------------------------
+
+add("instance norm", chain(lambda x: F.instance_norm(x), space=2), PLANE, ODD)
+add("group norm", chain(lambda x: F.group_norm(x, 2), space=2), PLANE, ALL)
+add("rms norm", chain(lambda x: F.rms_norm(x, (8,))), VECTOR, ALL)
 
 
 # ---- batch norm -----------------------------------------------------------------------------------------------
@@ -872,6 +880,34 @@ def table() -> nn.Module:
 add("embedding", table, (5,), ODD, tokens=True)
 
 
+class Placed(nn.Module):
+    """Rows of a table at places that are computed of numbers in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.producer, self.table, self.consumer = nn.Linear(4, 8), nn.Embedding(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [torch.arange(1), torch.arange(1, 2), torch.arange(2, 6, 2), torch.zeros(1, dtype=torch.long)]
+        parts += [torch.ones(1, dtype=torch.long), torch.full((1,), 6)]
+        places = torch.cat(parts)
+        return self.consumer(torch.tanh(self.producer(x) + self.table(places) + self.table.weight[places]))
+
+
+def placed() -> nn.Module:
+    model = randomize_(Placed())
+    plant_layer_(model.producer, ROLES)
+    with torch.no_grad():
+        weight = model.table.weight
+        for place, factor in ((COPY, 1.0), (SCALED, 2.5), (FLIPPED, -1.0), (K, 0.0), (K2, 0.0)):
+            weight[:, place] = factor * weight[:, A]
+        unread_(model.consumer.weight.T, ROLES)
+    return model
+
+
+add("fixed places", placed, (7, 4), ODD)
+
+
 class Picked(nn.Module):
     """Channels picked by numbers in the code: these cannot follow the width."""
 
@@ -937,10 +973,14 @@ ELSEWHERE = {
     **dict.fromkeys(("unflatten.int", "_unsafe_view", "view_copy", "permute_copy"), "aten.view"),
     "aten._native_batch_norm_legit_no_training": "aten.batch_norm",
     "aten.native_layer_norm": "aten.layer_norm",
+    "aten.native_group_norm": "aten.group_norm",
     "aten.where.ScalarSelf": "aten.where.self",
     **dict.fromkeys(("expand_copy", "movedim.intlist", "swapaxes", "numpy_T"), "aten.view"),
     "aten.native_channel_shuffle": "aten.view",
-    **dict.fromkeys(("contiguous", "detach_", "lift_fresh_copy", "positive", "resolve_conj"), "aten.clone"),
+    "aten.repeat_interleave.self_int": "aten.view",
+    **dict.fromkeys(("_softmax", "_safe_softmax"), "aten.softmax.int"),
+    "aten.masked_fill.Tensor": "aten.masked_fill.Scalar",
+    **dict.fromkeys(("contiguous", "detach_", "lift_fresh_copy", "resolve_conj"), "aten.clone"),
     **dict.fromkeys(("resolve_neg", "to.device", "to.dtype", "to.dtype_layout"), "aten.clone"),
 }
 """Registered operators that torch never leaves in a trace -> one in the table that has the same rule."""
@@ -1016,7 +1056,7 @@ def test_operator(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_every_registered_operator_has_a_row() -> None:
-    found = frozenset().union(*(reduced(part)[2] for part in set(PARTS.values())))
+    found = operators().union(*(reduced(part)[2] for part in set(PARTS.values())))
     assert set(REGISTRY) - found == set(ELSEWHERE)
     for name, other in ELSEWHERE.items():
         assert other in found and REGISTRY[name] is REGISTRY[other]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from ep_prune.channels import ONE, Channels, Edge, Rows, mix, number
 from ep_prune.find import Dense, Freedom
 from ep_prune.graph import Node
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
+from ep_prune.slots import Whole
 
 
 def index_along(x: Channels, axis: int) -> Tensor:
@@ -28,6 +30,8 @@ def index_along(x: Channels, axis: int) -> Tensor:
 def on_axis(n: Numbering, node: Node, axis: int) -> Channels:
     """The value of a node with channels along `axis` and no other, row i at index i."""
     value = n.values[node]
+    if axis >= len(node.shape or ()):
+        raise Refused("a tensor without an axis of channels")
     if isinstance(value, Unknown):
         return n.of_unknown(value, (axis,))
     if not isinstance(value, Channels):
@@ -77,7 +81,11 @@ def regroup(
     seat = places.permute(*axes, *rest).reshape(count, -1)
     width = own.shape[1]
     here = torch.arange(width)
-    if bool((own == own[:, :1]).all()):
+    single = bool((own == own[:, :1]).all())
+    if single and id(x) in n.gathers:  # one rearrangement after another is one (keys repeated for several heads)
+        x, source, seats = n.gathers[id(x)]
+        seat, own = seats[own[:, :1], seat], source[own]
+    if single:
         rows, slots = x.rows[own[:, 0]], x.slots[own[:, 0]]
         signature = mix(number("places"), width, _fold(mix(seat, here)))
         moved = rows.mapped(signature)
@@ -94,8 +102,25 @@ def regroup(
         mean = deviation = torch.empty(0)
     result = torch.arange(count).reshape(channel_shape)
     if sum(size > 1 for size in channel_shape) > 1:
-        _keep_rectangular(n, slots.reshape(channel_shape))
-    return n.record(Channels(tuple(labels.shape), result, moved, slots, edges, mean, deviation))
+        grid = slots.reshape(channel_shape)
+        if in_order(x, own[:, 0].reshape([size for size in channel_shape if size > 1])):
+            n.slots.grids.append(grid.squeeze())
+        else:
+            n.slots.keep_rectangular(grid)
+    made = n.record(Channels(tuple(labels.shape), result, moved, slots, edges, mean, deviation))
+    if single and moved is not rows:
+        n.gathers[id(made)] = x, own[:, 0], seat
+    return made
+
+
+def in_order(x: Channels, picked: Tensor) -> bool:
+    """Whether the rows `picked` (n_1, ..., n_m) stand in the order in which they stand in `x`, whole parts
+    repeated at most."""
+    place = torch.empty(len(x.rows), dtype=torch.int64)
+    place[x.labels.reshape(-1)] = torch.arange(x.labels.numel())
+    order = place[picked].flatten(0, -2)
+    parts = (order[1:, 0] > order[:-1, -1]) | (order[1:] == order[:-1]).all(1)
+    return bool((order[:, 1:] > order[:, :-1]).all() and parts.all())
 
 
 def _fold(codes: Tensor) -> Tensor:
@@ -127,27 +152,21 @@ def _placed(n: Numbering, x: Channels, own: Tensor, seat: Tensor) -> tuple[Rows,
     return rows, slots, (Edge(x, into, source),)
 
 
-def _keep_rectangular(n: Numbering, slots: Tensor) -> None:
-    """Channels on several axes must stay a full grid: what goes, goes along the longest of the axes that carry
-    different slots, at once."""
-    carries = [slots.shape[a] > 1 and bool((slots != slots.narrow(a, 0, 1)).any()) for a in range(slots.ndim)]
-    cut = max(range(slots.ndim), key=lambda a: (carries[a], slots.shape[a]))
-    lead = slots.movedim(cut, 0).reshape(slots.shape[cut], -1)
-    n.slots.unify(lead, lead[:, :1])
-
-
 def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...]) -> Channels:
     """A known tensor as the channels of a tensor like `like`: constants, or patterns over the positions."""
-    axes = like.axes()
     tensor = value.value.reshape([1] * (len(shape) - value.value.ndim) + list(value.value.shape)).double()
+    computed = value.name is None and tensor.numel() > 1
+    axes = tuple(axis for axis in like.axes() if tensor.shape[axis] > 1 or not computed)
     if any(tensor.shape[a] > 1 and like.shape[a] == 1 and a in axes for a in range(len(shape))):
         raise Refused("a known tensor with more channels than what it meets")
     sizes = [like.labels.shape[a] if a in axes else tensor.shape[a] for a in range(len(shape))]
     spread = tensor.expand(sizes)
     rest = [a for a in range(len(shape)) if a not in axes]
-    count = len(like.labels.reshape(-1))
+    count = math.prod(sizes[a] for a in axes)
     values = spread.permute(*axes, *rest).reshape(count, -1)
     slots = _known_slots(n, value, spread, tensor.shape, axes, rest, count)
+    if computed and axes:
+        n.slots.pin(slots, "meets a tensor of fixed size that the code computes")
     error = torch.zeros(count, dtype=torch.float64)
     if bool((values == values[:, :1]).all()):
         rows = Rows.constants(values[:, 0].clone(), error)
@@ -200,18 +219,20 @@ def align(
 ) -> tuple[Channels, Channels, Tensor, Tensor, tuple[Edge, ...]]:
     """Two operands row by row: (x, y, labels, slots, edges) of the broadcast result."""
     shape = node.shape or ()
-    present = [value for value in values if isinstance(value, Channels)]
+    values = [_ranked(n, value, len(shape)) if isinstance(value, Channels) else value for value in values]
     sides: list[Channels] = []
-    like = max((_ranked(value, len(shape)) for value in present), key=lambda c: len(c.rows))
+    like = max((value for value in values if isinstance(value, Channels)), key=lambda c: len(c.rows))
     for value in values:
         if isinstance(value, float):
             value = Known(torch.tensor(value, dtype=torch.float64))
+        if isinstance(value, Known) and not bool((value.value.double().abs() < HUGE).all()):
+            value = _mask(n, value, node)
         if isinstance(value, Unknown):
             value = _ranked_unknown(n, value, like, len(shape))
         if isinstance(value, Known):
             value = known_on(n, value, like, shape)
         assert isinstance(value, Channels)
-        sides.append(_broadcast(n, _ranked(value, len(shape)), like, shape))
+        sides.append(_broadcast(n, value, like, shape))
     x, y = sides
     axes = [a for a in range(len(shape)) if max(x.labels.shape[a], y.labels.shape[a]) > 1]
     full = [max(x.labels.shape[a], y.labels.shape[a]) for a in range(len(shape))]
@@ -220,12 +241,23 @@ def align(
         count *= full[a]
     picks = [side.labels.expand(full).reshape(-1) for side in sides]
     partial = [side.axes() for side in sides]
-    if partial[0] and partial[1] and partial[0] != partial[1]:
+    within = next((s for k, s in enumerate(sides) if _fixed_within(values[k], partial[k], partial[1 - k])), None)
+    if partial[0] and partial[1] and partial[0] != partial[1] and within is None:
         raise Refused("channels along different axes of the two operands")
+    if within is not None:
+        other = sides[1 - sides.index(within)]
+        inner = [a for a in other.axes() if a in within.axes()]
+        outer = [a for a in other.axes() if a not in inner]
+        grid = other.slots[other.labels].permute(
+            *outer, *inner, *(a for a in range(len(shape)) if a not in other.axes())
+        )
+        n.slots.constraints.append(Whole(grid.reshape(-1, math.prod(other.labels.shape[a] for a in inner))))
     slots: Tensor | None = None
     for side, pick, own in zip(sides, picks, partial, strict=True):
         if axes and not own:
             n.slots.pin(side.slots, f"one channel that serves all in {node.where}")
+            continue
+        if side is within:
             continue
         if slots is not None:
             n.slots.unify(slots, side.slots[pick])
@@ -241,24 +273,38 @@ def align(
     return x, y, out.reshape(full), slots, edges
 
 
-def _ranked(x: Channels, rank: int) -> Channels:
+HUGE = 1e30
+"""Numbers above it are not calculated with: what a mask hides."""
+
+
+def _mask(n: Numbering, value: Known, node: Node) -> Unknown:
+    n.sink(value, f"a mask in {node.where}")
+    code = number(f"mask {value.value.double().tolist()}")
+    return Unknown(code, tuple(value.value.shape), f"a mask in {node.where}")
+
+
+def _fixed_within(value: Value | float, own: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether an operand is of fixed size along some, but not all, of the other's channel axes: positions that
+    every head turns by alike. The parts of the other one stay whole, or go."""
+    computed = isinstance(value, Unknown) or (isinstance(value, Known) and value.name is None)
+    return computed and bool(own) and set(own) < set(other)
+
+
+def _ranked(n: Numbering, x: Channels, rank: int) -> Channels:
+    """`x` with axes of size 1 in front, as broadcasting puts them there."""
     extra = rank - len(x.shape)
     if extra == 0:
         return x
     rows = torch.arange(len(x.rows))
-    return replace(
-        x,
-        shape=(1,) * extra + x.shape,
-        labels=x.labels.reshape([1] * extra + list(x.labels.shape)),
-        edges=(Edge(x, rows, rows),),
-    )
+    labels = x.labels.reshape([1] * extra + list(x.labels.shape))
+    return n.record(replace(x, shape=(1,) * extra + x.shape, labels=labels, edges=(Edge(x, rows, rows),)))
 
 
 def _ranked_unknown(n: Numbering, value: Unknown, like: Channels, rank: int) -> Channels:
     shape = (1,) * (rank - len(value.shape)) + value.shape
     if shape != value.shape:
-        value = Unknown(value.number, shape, value.origin)
-    return n.of_unknown(value, like.axes())
+        value = Unknown(int(mix(value.number, rank)), shape, value.origin)  # its axes have other numbers now
+    return n.of_unknown(value, tuple(axis for axis in like.axes() if shape[axis] > 1))
 
 
 def _broadcast(n: Numbering, x: Channels, like: Channels, shape: tuple[int, ...]) -> Channels:
@@ -268,5 +314,7 @@ def _broadcast(n: Numbering, x: Channels, like: Channels, shape: tuple[int, ...]
     rows = x.rows if old == new else x.rows.mapped(number(f"expand {old} to {new}"))
     if rows is x.rows and n.is_recorded(x):
         return x
+    if not n.is_recorded(x):  # given axes in front: its edges lead to what is on the tape
+        return n.record(replace(x, rows=rows))
     index = torch.arange(len(x.rows))
     return n.record(replace(x, rows=rows, edges=(Edge(x, index, index),)))

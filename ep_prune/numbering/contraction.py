@@ -11,15 +11,18 @@ rows that are collinear are one new atom.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ep_prune.channels import ONE, Channels, Rows, along, mix, number
-from ep_prune.find import MARGIN, Dense, Freedom, Sparse
-from ep_prune.graph import Contract, Lookup, Node
+from ep_prune.find import BLOCK, MARGIN, Classes, Dense, Freedom, Sparse, in_blocks
+from ep_prune.graph import Contract, Lookup, Node, Pick
 from ep_prune.numbering.align import on_axis
 from ep_prune.numbering.elementwise import _position_shape, transfer
 from ep_prune.numbering.state import Known, Numbering, Port, Refused, Value
+from ep_prune.numbering.uses import ALL, Net, Outputs, Use
 from ep_prune.slots import Groups
 
 
@@ -27,37 +30,30 @@ from ep_prune.slots import Groups
 def _contract(op: Contract, node: Node, n: Numbering) -> Value:
     layout = op.layout
     x = on_axis(n, op.x, layout.axis)
-    canonical = layout.canonical(n.tensor(op.weight))
-    groups, outputs, inputs, taps = canonical.shape
+    use = n.use(op.weight, layout)
+    groups, outputs, inputs, _ = use.shape
     if groups * inputs != len(x.rows):
         raise Refused("inputs that do not match the weight")
-    weight = canonical.transpose(1, 2).reshape(groups * inputs, outputs, taps)
     classes, constant = n.classes_of(x, inputs)
-    eps = n.eps(op.weight)
-    net, noise = _net(weight, classes.leader, classes.scale, constant, x.rows, eps)
-    pattern, fuzz = _constants(weight, x.rows, groups, eps)
+    leaders = (classes.leader == torch.arange(len(x.rows))) & ~constant
 
     slots_out = _slots(op, n, x, groups, inputs, outputs)
-    interior = torch.tensor(layout.interior)
-    offset = pattern[:, :, interior].sum(2).reshape(-1)
-    error = fuzz.sum(2).sqrt().reshape(-1)
+    bias = error = None
     if op.bias is not None:
         bias = n.tensor(op.bias)
         n.slots.unify(n.slots.of(str(op.bias.tensor), 0, len(bias)), slots_out)
-        offset = offset + bias
-        error = (error.square() + (n.eps(op.bias) * bias).square()).sqrt()
-    size = _size(net, x.rows, pattern, offset)
-    net = without_negligible(net, x.rows, size, eps)
-    pattern = torch.where(pattern.abs() <= unseen(eps) * size.unsqueeze(2), 0.0, pattern)
-    pattern_rows = torch.where(interior, 0.0, pattern)
+        bias, error = bias.reshape(groups, -1), (n.eps(op.bias) * bias).reshape(groups, -1)
+    measured = _Measured(use, classes, constant, leaders, x.rows, n.eps(op.weight), bias, error)
+    interior = torch.tensor(layout.interior)
+    pattern_rows = torch.where(interior, 0.0, measured.pattern)
 
     signature = f"{layout.signature} at {_position_shape(x)}"
-    leaders = (classes.leader == torch.arange(len(x.rows))) & ~constant
+    sends = Net(use, measured.net)
     if groups == 1:
-        vectors: Dense | Sparse = _dense(net, noise, leaders, x.rows, pattern_rows[0], fuzz[0])
+        vectors: Dense | Sparse = _dense(use, sends, leaders, x.rows, pattern_rows[0], measured)
     else:
-        vectors = _sparse(net, noise, leaders, x.rows, pattern_rows, fuzz, groups)
-    rows = _new_rows(n, signature, vectors, offset, error)
+        vectors = _sparse(sends.values(), measured.noise, leaders, x.rows, pattern_rows, measured.fuzz, groups)
+    rows = _new_rows(n, signature, vectors, measured.offset.reshape(-1), measured.error.reshape(-1))
     out = n.record(
         Channels(
             node.shape or (),
@@ -66,8 +62,55 @@ def _contract(op: Contract, node: Node, n: Numbering) -> Value:
             slots_out,
         )
     )
-    n.ports.append(Port(node, op, x, out, classes, constant, net, weight, pattern, size))
+    n.ports.append(Port(node, op, x, out, classes, constant, use, sends, measured.pattern, measured.size))
     return out
+
+
+class _Measured:
+    """What is known of every output of a weight.
+
+    `pattern` (G, O/G, taps), its squared error `fuzz`; `offset` (G, O/G), its `error`, and `size`, the length of
+    what it is made of. `noise`: the squared error of what is sent, (n, O/G); without groups added up over inputs.
+    """
+
+    def __init__(
+        self,
+        use: Use,
+        classes: Classes,
+        constant: Tensor,
+        leaders: Tensor,
+        rows: Rows,
+        eps: float,
+        bias: Tensor | None,
+        wrong: Tensor | None,
+    ) -> None:
+        self.use, self.classes, self.constant, self.rows, self.eps = use, classes, constant, rows, eps
+        groups = use.shape[0]
+        interior = torch.tensor(use.layout.interior)
+        keep = leaders.nonzero().squeeze(1)
+        square = rows.coef[keep].square().sum(1)[:, None]
+        parts = []
+        for block in use.blocks() if groups == 1 else [ALL]:
+            weight = use.weight(block)
+            net, noise = _net(weight, classes.leader, classes.scale, constant, rows, eps)
+            pattern, fuzz = _constants(weight, rows, groups, eps)
+            offset = pattern[:, :, interior].sum(2)
+            error = fuzz.sum(2).sqrt()
+            if bias is not None and wrong is not None:
+                offset = offset + bias[:, block]
+                error = (error.square() + wrong[:, block].square()).sqrt()
+            size = _size(net, rows, pattern, offset)
+            pattern = torch.where(pattern.abs() <= unseen(eps) * size.unsqueeze(2), 0.0, pattern)
+            noise = noise if groups > 1 else (noise[keep] * square).sum(0, keepdim=True)
+            parts.append((pattern, fuzz, offset, error, size, noise))
+        joined = parts[0] if len(parts) == 1 else [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+        self.pattern, self.fuzz, self.offset, self.error, self.size, self.noise = joined
+
+    def net(self, outputs: Outputs) -> Tensor:
+        """(n, O/G, taps) what every class sends, at its leader's place, to some outputs."""
+        weight = self.use.weight(outputs)
+        net, _ = _net(weight, self.classes.leader, self.classes.scale, self.constant, self.rows, self.eps)
+        return without_negligible(net, self.rows.linear_norm(), self.size[:, outputs], self.eps)
 
 
 def _net(
@@ -110,18 +153,19 @@ def _size(net: Tensor, rows: Rows, pattern: Tensor, offset: Tensor) -> Tensor:
     """(G, O/G): the length of what each output is made of, over all inputs of its group, taps and constants."""
     groups, outputs, _ = pattern.shape
     square = net.square().sum(2) * rows.linear_norm().square().unsqueeze(1)
-    constants = pattern.square().sum(2) + offset.square().reshape(groups, outputs)
+    constants = pattern.square().sum(2) + offset.square()
     return (square.reshape(groups, -1, outputs).sum(1) + constants).sqrt()
 
 
-def without_negligible(net: Tensor, rows: Rows, size: Tensor, eps: float) -> Tensor:
-    """`net` (n, O/G, taps) without the weights that no output of this `size` (G, O/G) can show.
+def without_negligible(net: Tensor, norm: Tensor, size: Tensor, eps: float) -> Tensor:
+    """`net` (n, O/G, taps), on inputs of size `norm` (n,), without the weights that no output of this `size`
+    (G, O/G) can show.
 
     Weight decay shrinks what no gradient holds to 1e-20 and less, and sums that cancel leave such numbers.
     """
     groups, outputs = size.shape
     limit = unseen(eps) * size.unsqueeze(1).expand(groups, len(net) // groups, outputs).reshape(net.shape[:2])
-    negligible = net.abs() * rows.linear_norm().reshape(-1, 1, 1) <= limit.unsqueeze(2)
+    negligible = net.abs() * norm.reshape(-1, 1, 1) <= limit.unsqueeze(2)
     return torch.where(negligible, 0.0, net)
 
 
@@ -150,29 +194,50 @@ def _slots(op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, ou
     return slots_out
 
 
-def _dense(net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows, pattern: Tensor, fuzz: Tensor) -> Dense:
+def _dense(use: Use, sends: Net, leaders: Tensor, rows: Rows, pattern: Tensor, measured: _Measured) -> Dense:
     """(O, atoms * taps) matrix of an ungrouped weight over the atoms of its input."""
-    keep = leaders.nonzero().squeeze(1)
-    net, noise, rows = net[keep], noise[keep], rows[keep]
-    outputs, taps = net.shape[1:]
+    noise, fuzz = measured.noise[0], measured.fuzz[0]
+    return over_atoms(sends.values, use.keep, noise, leaders, rows, pattern, fuzz)
+
+
+def over_atoms(
+    net: Callable[[Outputs], Tensor],
+    keep: bool,
+    noise: Tensor,
+    leaders: Tensor,
+    rows: Rows,
+    pattern: Tensor,
+    fuzz: Tensor,
+) -> Dense:
+    """What classes send (n, O, taps), as rows over the atoms of their leaders; kept, or made when asked for.
+
+    noise (O,): its squared error. pattern (O, taps): what the constants send, and its squared error `fuzz`.
+    """
+    lead = leaders.nonzero().squeeze(1)
+    rows, taps = rows[lead], pattern.shape[1]
     atoms, column = torch.unique(rows.atoms[rows.coef != 0], return_inverse=True)
     place = torch.zeros_like(rows.atoms)
     place[rows.coef != 0] = column
-    if rows.atoms.shape[1] == 1 and len(atoms) == len(keep):
-        values = torch.empty(len(atoms), outputs, taps, dtype=torch.float64)
-        values[place[:, 0]] = net * rows.coef[:, :1, None]
-    else:
-        values = torch.zeros(len(atoms), outputs, taps, dtype=torch.float64)
-        for entry in range(rows.atoms.shape[1]):  # over branches of a stream, not over channels
-            values.index_add_(0, place[:, entry], net * rows.coef[:, entry, None, None])
-    square = (noise * rows.coef.square().sum(1)[:, None]).sum(0)
     keys = mix(atoms.unsqueeze(1), torch.arange(taps)).reshape(-1)
-    matrix = values.transpose(0, 1).flatten(1)
-    if bool((pattern != 0).any()):
-        matrix = torch.cat([matrix, pattern], 1)
+    patterned = bool((pattern != 0).any())
+    if patterned:
         keys = torch.cat([keys, mix(ONE, torch.arange(taps))])
-        square = square + fuzz.sum(1)
-    return Dense(matrix, keys, square.sqrt())
+        noise = noise + fuzz.sum(1)
+
+    def matrix(outputs: Outputs) -> Tensor:
+        sent = net(outputs)[lead]
+        count = sent.shape[1]
+        if rows.atoms.shape[1] == 1 and len(atoms) == len(lead):
+            values = torch.empty(len(atoms), count, taps, dtype=torch.float64)
+            values[place[:, 0]] = sent * rows.coef[:, :1, None]
+        else:
+            values = torch.zeros(len(atoms), count, taps, dtype=torch.float64)
+            for entry in range(rows.atoms.shape[1]):  # over branches of a stream, not over channels
+                values.index_add_(0, place[:, entry], sent * rows.coef[:, entry, None, None])
+        made = values.transpose(0, 1).flatten(1)
+        return torch.cat([made, pattern[outputs]], 1) if patterned else made
+
+    return Dense(matrix(ALL) if keep else matrix, keys, noise.sqrt())
 
 
 def _sparse(
@@ -208,10 +273,7 @@ def _new_rows(n: Numbering, signature: str, vectors: Dense | Sparse, offset: Ten
     atoms = torch.zeros(size, 1, dtype=torch.int64)
     coef = torch.zeros(size, 1, dtype=torch.float64)
     if len(some):
-        if isinstance(vectors, Dense):
-            chosen: Dense | Sparse = Dense(vectors.values[some], vectors.keys, vectors.error[some])
-        else:
-            chosen = Sparse(vectors.rows[some], False)
+        chosen = vectors.taken(some) if isinstance(vectors, Dense) else Sparse(vectors.rows[some], False)
         atoms[some, 0], coef[some, 0], spread = n.intern(signature, chosen, Freedom.SCALE)
         error = error.clone()
         error[some] = (error[some].square() + spread.square()).sqrt()
@@ -220,18 +282,55 @@ def _new_rows(n: Numbering, signature: str, vectors: Dense | Sparse, offset: Ten
 
 @transfer.register(Lookup)
 def _lookup(op: Lookup, node: Node, n: Numbering) -> Value:
-    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear)."""
-    if isinstance(n.values[op.index], Known):
-        raise Refused("a lookup at fixed places")
-    table = n.tensor(op.table).T
-    mean = table.mean(1)
-    varying = table - mean.unsqueeze(1)
-    flat = (table == table[:, :1]).all(1)
-    varying = torch.where(flat.unsqueeze(1), 0.0, varying)
-    mean = torch.where(flat, table[:, 0], mean)
-    error = n.eps(op.table) * table.norm(dim=1)
-    keys = mix(number("vocabulary"), torch.arange(table.shape[1]))
-    rows = _new_rows(n, f"lookup {op.index.name}", Dense(varying, keys, error), mean, error)
-    slots = n.slots.of(str(op.table.tensor), 1, len(table))
-    labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(len(table)))
+    """Column d of the table is a function of the index: its mean, plus what varies (one atom if collinear).
+
+    So too where the places are known: what holds for every place holds for sequences of other lengths.
+    """
+    n.sink(n.values[op.index], f"the places that are looked up in {node.where}")
+    return _looked_up(n, op.table, op.index, node)
+
+
+def _looked_up(n: Numbering, source: Node, index: Node, node: Node) -> Channels:
+    table = n.graph.tensors[str(source.tensor)].detach().T
+    size, words = table.shape
+    fits = n.has_room(table.numel())
+    blocks = in_blocks(torch.arange(size), size if fits else max(1, BLOCK // words))
+
+    def column(place: Tensor) -> Tensor:
+        return table[place].to("cpu", torch.float64)
+
+    parts = [(c.mean(1), (c == c[:, :1]).all(1), c.norm(dim=1), c[:, 0]) for c in map(column, blocks)]
+    mean, flat, norm, first = (torch.cat(part) for part in zip(*parts, strict=True))
+
+    def varying(place: Tensor) -> Tensor:
+        return torch.where(flat[place].unsqueeze(1), 0.0, column(place) - mean[place].unsqueeze(1))
+
+    keys = mix(number("vocabulary"), torch.arange(words))
+    matrix = Dense(varying(torch.arange(size)) if fits else varying, keys, n.eps(source) * norm)
+    rows = _new_rows(n, f"lookup {index.name}", matrix, torch.where(flat, first, mean), matrix.error)
+    slots = n.slots.of(str(source.tensor), 1, size)
+    labels = along(len(node.shape or ()) - 1, len(node.shape or ()), torch.arange(size))
     return n.record(Channels(node.shape or (), labels, rows, slots))
+
+
+@transfer.register(Pick)
+def _pick(op: Pick, node: Node, n: Numbering) -> Value:
+    """Of a known tensor: at places that are known, too, it is moved as data is."""
+    x = n.values[op.x]
+    known: list[Tensor | None] = []
+    for place in op.places:
+        value = None if place is None else n.values[place]
+        if not isinstance(x, Known) or not (value is None or isinstance(value, Known)):
+            raise Refused("indexed by a computed tensor")
+        if value is not None:
+            n.sink(value, f"places that are picked in {node.where}")
+        known.append(None if value is None or place is None else value.value.to(place.dtype))
+    assert isinstance(x, Known)
+    rows = op.places[0] if len(op.places) == 1 and (node.op == "aten.index.Tensor" or node.args[1] == 0) else None
+    if rows is not None and op.x.tensor is not None and x.value.ndim == 2 and rows.dtype in _INDICES:
+        return _looked_up(n, op.x, rows, node)
+    index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
+    return Known(op.act(x.value, known), x.name, op.act(index.reshape(x.value.shape), known))
+
+
+_INDICES = (torch.int64, torch.int32)

@@ -67,7 +67,10 @@ def _item(op: Item, node: Node, n: Numbering) -> Value:
     if isinstance(value, tuple):
         return value[op.index]
     if isinstance(value, Channels) and op.index == 0:
-        return value
+        if node.shape in (None, value.shape):
+            return value
+        shape = node.shape or ()  # of several results the operation has no shape of its own
+        return n.record(replace(value, shape=shape, edges=identity_edge(value)))
     if isinstance(value, Unknown):
         return Unknown(int(mix(value.number, op.index)), node.shape or (), value.origin)
     raise Refused("a second result, such as the places of a maximum")
@@ -291,28 +294,40 @@ def _choice(op: Choice, node: Node, n: Numbering) -> Value:
     # Two numbers make a tensor of the default type: they are what that type makes of them.
     rounded = [side if isinstance(side, Node) else torch.tensor(side, dtype=node.dtype) for side in (op.x, op.y)]
     values = [n.values[side] if isinstance(side, Node) else float(side) for side in rounded]
-    if not isinstance(condition, Channels) or not all(isinstance(v, Channels | Known | float) for v in values):
-        raise Refused("a choice that involves unknown channels")
-    (test, x, labels, slots, edges), (_, y, same, tied, more) = (
-        align(n, [condition, value], node) for value in values
-    )
-    if not torch.equal(same, labels):
-        raise Refused("branches whose channels lie along different axes")
-    n.slots.unify(slots, tied)
-    sides = [side.rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, side in enumerate((x, y))]
-    pair = sides[0].plus(sides[1])
+    if any(isinstance(value, Channels) for value in values):
+        x, y, labels, slots, edges = align(n, values, node)
+        pair = n.record(Channels(node.shape or (), labels, _both(x.rows, y.rows), slots, edges))
+        both, test, labels, slots, edges = align(n, [pair, condition], node)
+        picked = edges[0].into
+        first, second, joined = x.rows[picked], y.rows[picked], both.rows
+    elif isinstance(condition, Channels):
+        (test, x, labels, slots, edges), (_, y, _, tied, more) = (
+            align(n, [condition, value], node) for value in values
+        )
+        n.slots.unify(slots, tied)
+        first, second, joined, edges = x.rows, y.rows, _both(x.rows, y.rows), (*edges, *more)
+    else:
+        combined = _without_channels("choice", [condition, *values], node, n)
+        assert combined is not None
+        return combined
     question, _ = _factors(n, test.rows)
-    some = (~pair.is_constant()).nonzero().squeeze(1)
-    atoms = torch.zeros(len(pair), 1, dtype=torch.int64)
-    coef = torch.zeros(len(pair), 1, dtype=torch.float64)
-    error = pair.error.clone()
+    some = (~joined.is_constant()).nonzero().squeeze(1)
+    atoms = torch.zeros(len(joined), 1, dtype=torch.int64)
+    coef = torch.zeros(len(joined), 1, dtype=torch.float64)
+    error = joined.error.clone()
     if len(some):
-        found = n.intern(f"choice at {node.shape}", Sparse(pair[some], False), Freedom.SCALE, question[some])
+        found = n.intern(f"choice at {node.shape}", Sparse(joined[some], False), Freedom.SCALE, question[some])
         atoms[some, 0], coef[some, 0], error[some] = found
-    rows = Rows(atoms, coef, torch.zeros(len(pair), dtype=torch.float64), error)
-    decided = _choose(test.rows.offset != 0, x.rows, y.rows)
+    rows = Rows(atoms, coef, torch.zeros(len(joined), dtype=torch.float64), error)
+    decided = _choose(test.rows.offset != 0, first, second)
     rows = _choose(test.rows.is_constant(), decided, rows)
-    return n.record(Channels(node.shape or (), labels, rows, slots, (*edges, *more)))
+    return n.record(Channels(node.shape or (), labels, rows, slots, edges))
+
+
+def _both(x: Rows, y: Rows) -> Rows:
+    """(x, y) as one row."""
+    sides = [rows.with_offset_as_atom().mapped(number(f"choice {k}")) for k, rows in enumerate((x, y))]
+    return sides[0].plus(sides[1])
 
 
 def _without_channels(name: str, values: list[Value | float], node: Node, n: Numbering) -> Value | None:
@@ -327,7 +342,7 @@ def _without_channels(name: str, values: list[Value | float], node: Node, n: Num
                 n.sink(value, f"goes through {node.where}")
         assert node.target is not None
         plain = [value.value if isinstance(value, Known) else value for value in values]
-        return Known(node.target(*plain, *node.args[2:], **node.kwargs))
+        return Known(node.target(*plain, *node.args[len(values) :], **node.kwargs))
     parts = []
     for value in values:
         if isinstance(value, Known):

@@ -26,9 +26,10 @@ from ep_prune.channels import Channels, Edge, Rows, along, mix, number
 from ep_prune.find import MARGIN, Classes, Dense, Freedom, congruence
 from ep_prune.graph import Cell, Contract, Direction, Layout, Node, Recurrent, Zeros
 from ep_prune.numbering.align import on_axis
-from ep_prune.numbering.contraction import _constants, _dense, _net, _size, _slots, without_negligible
+from ep_prune.numbering.contraction import _constants, _net, _size, _slots, over_atoms, without_negligible
 from ep_prune.numbering.elementwise import transfer
 from ep_prune.numbering.state import Numbering, Port, Refused, Value, equal_directions
+from ep_prune.numbering.uses import Net, Use
 from ep_prune.slots import EqualCounts, Fewer
 
 _LAYOUT = Layout(axis=2)
@@ -63,6 +64,24 @@ def _recurrent(op: Recurrent, node: Node, n: Numbering) -> Value:
     return (x, *last)
 
 
+def _sends(n: Numbering, op: Contract, net: Tensor) -> tuple[Use, Net]:
+    """A weight as a port has it, and what its classes send, (n, O, 1)."""
+    use = n.use(op.weight, op.layout)
+    return use, Net(use, lambda outputs: net[:, outputs])
+
+
+def _dense(net: Tensor, noise: Tensor, leaders: Tensor, rows: Rows) -> Dense:
+    """What classes send, as rows over their leaders' atoms; noise (n, O): its squared error."""
+    square = (noise[leaders] * rows.coef[leaders].square().sum(1).unsqueeze(1)).sum(0)
+    nothing = torch.zeros(net.shape[1], 1, dtype=torch.float64)
+    return over_atoms(lambda outputs: net[:, outputs], True, square, leaders, rows, nothing, nothing)
+
+
+def _matrix(vectors: Dense) -> Tensor:
+    assert isinstance(vectors.values, Tensor)
+    return vectors.values
+
+
 def _side_by_side(n: Numbering, parts: Sequence[Channels]) -> Channels:
     """The states of a layer's directions, joined along the last axis."""
     if len(parts) == 1:
@@ -94,7 +113,7 @@ def _stacked(parts: Sequence[Channels]) -> tuple[Rows, Tensor, tuple[Edge, ...]]
 
 @dataclass(frozen=True, eq=False)
 class _Units:
-    """What is claimed of H units: state j is scale[j] times state leader[j]; or zero; or value[j] from then on.
+    """What is claimed of H units: state j is scale[j] times state leader[j]; or zero; or value[j] once begun.
 
     error (H,): how far the rows of a unit may be off those of its leader.
     """
@@ -139,8 +158,8 @@ class _Layer:
         net, noise = _net(ih, classes.leader, classes.scale, constant, x.rows, eps)
         pattern, fuzz = _constants(ih, x.rows, 1, eps)
         leaders = (classes.leader == torch.arange(len(x.rows))) & ~constant
-        read = _dense(net, noise, leaders, x.rows, torch.zeros_like(pattern[0]), fuzz[0])
-        offsets = [pattern.reshape(-1), torch.zeros(len(read.values), dtype=torch.float64)]
+        read = _dense(net, noise, leaders, x.rows)
+        offsets = [pattern.reshape(-1), torch.zeros(ih.shape[1], dtype=torch.float64)]
         errors = [fuzz.reshape(-1).sqrt(), torch.zeros_like(offsets[1])]
         for k, bias in enumerate((w.bias_ih, w.bias_hh)):
             if bias is not None:
@@ -166,21 +185,23 @@ class _Layer:
         again, none = n.classes_of(before, states)
         recurrent, _ = _net(self.hh, again.leader, again.scale, none, before.rows, n.eps(w.weight_hh))
         sizes = [
-            _size(net, x.rows, pattern, offsets[0]),
-            _size(recurrent, before.rows, torch.zeros_like(pattern), offsets[1]),
+            _size(net, x.rows, pattern, offsets[0].unsqueeze(0)),
+            _size(recurrent, before.rows, torch.zeros_like(pattern), offsets[1].unsqueeze(0)),
         ]
         total = (sizes[0].square() + sizes[1].square()).sqrt()
         alone = torch.zeros(cell.gates, size, dtype=torch.bool)
         alone[cell.odd] = cell.split  # what comes back is multiplied by another gate, which may be small
         sizes = [torch.where(alone.reshape(1, -1), sizes[0], total), total]
-        net = without_negligible(net, x.rows, sizes[0], eps)
-        recurrent = without_negligible(recurrent, before.rows, sizes[1], n.eps(w.weight_hh))
+        net = without_negligible(net, x.rows.linear_norm(), sizes[0], eps)
+        norm = before.rows.linear_norm()
+        recurrent = without_negligible(recurrent, norm, sizes[1], n.eps(w.weight_hh))
         ports = (
-            (reading, x, classes, constant, net, ih, pattern, sizes[0]),
-            (back, before, again, none, recurrent, self.hh, torch.zeros_like(pattern), sizes[1]),
+            (reading, x, classes, constant, net, pattern, sizes[0]),
+            (back, before, again, none, recurrent, torch.zeros_like(pattern), sizes[1]),
         )
-        for op, value, equal, fixed, sent, weight, constants, length in ports:
-            n.ports.append(Port(self.node, op, value, gates, equal, fixed, sent, weight, constants, length))
+        for op, value, equal, fixed, sent, constants, length in ports:
+            use, sends = _sends(n, op, sent)
+            n.ports.append(Port(self.node, op, value, gates, equal, fixed, use, sends, constants, length))
             n.gates[str(op.weight.tensor)] = cell.gates
 
         here = torch.arange(size)
@@ -206,11 +227,12 @@ class _Layer:
         classes, constant = n.classes_of(units, len(units.rows))
         net, _ = _net(weight, classes.leader, classes.scale, constant, units.rows, eps)
         nothing = torch.zeros(1, len(slots), 1, dtype=torch.float64)
-        size = _size(net, units.rows, nothing, nothing.reshape(-1))
-        net = without_negligible(net, units.rows, size, eps)
+        size = _size(net, units.rows, nothing, nothing[:, :, 0])
+        net = without_negligible(net, units.rows.linear_norm(), size, eps)
         _slots(op, n, units, 1, len(units.rows), len(slots))
         states = self._channels(units.shape[:2], self._states(found, False), slots)
-        n.ports.append(Port(self.node, op, units, states, classes, constant, net, weight, nothing, size))
+        use, sends = _sends(n, op, net)
+        n.ports.append(Port(self.node, op, units, states, classes, constant, use, sends, nothing, size))
         n.slots.constraints.append(Fewer(slots, units.slots))
         n.gates[str(w.project.tensor)] = 1
         return states
@@ -225,8 +247,7 @@ class _Layer:
         weight = self.n.tensor(self.w.project).T.unsqueeze(2)
         net, noise = _net(weight, classes.leader, classes.scale, constant, rows, eps)
         leaders = (classes.leader == torch.arange(len(rows))) & ~constant
-        nothing = torch.zeros(weight.shape[1], 1, dtype=torch.float64)
-        vectors = _dense(net, noise, leaders, rows, nothing, nothing)
+        vectors = _dense(net, noise, leaders, rows)
         return _directions(vectors, mix(self.code, number("projected"), int(before)), self.n.tolerance)
 
     # ---- refinement ---------------------------------------------------------------------------------
@@ -269,12 +290,12 @@ class _Layer:
             constants = sides if cell.split and g == cell.odd else [sides[0] + sides[1]]
             square = read.error[own].square() + back[1][own].square()
             square = square + errors[0][own].square() + errors[1][own].square()
-            values = torch.cat([read.values[own], back[0][own], *constants], 1)
+            values = torch.cat([_matrix(read)[own], back[0][own], *constants], 1)
             gates.append(Dense(values, torch.arange(values.shape[1]), square.sqrt()))
         odd = gates.pop(cell.odd)
         gone = odd.error * MARGIN * 1e-3
-        linear = torch.linalg.vector_norm(odd.values[:, :-1], dim=1) > gone
-        bias = torch.where(odd.values[:, -1].abs() > gone, odd.values[:, -1], 0.0)
+        linear = torch.linalg.vector_norm(_matrix(odd)[:, :-1], dim=1) > gone
+        bias = torch.where(_matrix(odd)[:, -1].abs() > gone, _matrix(odd)[:, -1], 0.0)
         value = torch.zeros_like(bias) if cell.function is None else cell.function(bias)
         nothing = ~linear & ((value if cell.function is not None else bias) == 0)
         zero = old.zero & nothing
@@ -287,7 +308,7 @@ class _Layer:
         scale = torch.ones(size, dtype=torch.float64)
         some = (~zero & ~flat & (odd.norm() > 0)).nonzero().squeeze(1)
         if len(some):
-            vectors = Dense(odd.values[some], odd.keys, odd.error[some])
+            vectors = Dense(_matrix(odd)[some], odd.keys, odd.error[some])
             freedom = Freedom.POSITIVE if cell.positive else Freedom.SIGN
             classes = congruence(vectors, freedom, tolerance, label[some])
             leader[some], scale[some] = some[classes.leader], classes.scale
@@ -311,12 +332,12 @@ class _Layer:
 
 def _directions(vectors: Dense, code: Tensor, tolerance: float) -> Rows:
     """One atom for every class of collinear rows, `code` and its leader's place; rows of length zero are zero."""
-    count = len(vectors.values)
+    count = len(_matrix(vectors))
     some = (vectors.norm() > MARGIN * vectors.error * 1e-3).nonzero().squeeze(1)
     atoms = torch.zeros(count, dtype=torch.int64)
     coef, error = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     if len(some):
-        own = Dense(vectors.values[some], vectors.keys, vectors.error[some])
+        own = Dense(_matrix(vectors)[some], vectors.keys, vectors.error[some])
         classes: Classes = congruence(own, Freedom.SCALE, tolerance)
         atoms[some], coef[some] = mix(code, some[classes.leader]), classes.scale
         spread = own.error + classes.scale.abs() * own.error[classes.leader] + classes.residual

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import Channels, Rows, along, mix, number
-from ep_prune.find import Classes, Dense, Freedom, Sparse, congruence
-from ep_prune.graph import Contract, Graph, Node
+from ep_prune.find import Classes, Dense, Freedom, Sparse, congruence, stacked
+from ep_prune.graph import Contract, Graph, Layout, Node
+from ep_prune.numbering import uses
+from ep_prune.numbering.uses import Net, Use
 from ep_prune.slots import Slots
 
 
@@ -36,9 +38,14 @@ class Unknown:
 class Known:
     """`index`: for every element, its flat place in the parameter `name`; None where it is no plain copy."""
 
-    value: Tensor
+    stored: Tensor
     name: str | None = None
     index: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The values, those of a parameter in float64: cast when they are asked for."""
+        return self.stored if self.name is None else self.stored.to("cpu", torch.float64)
 
 
 Value = Channels | Known | Unknown | tuple["Channels | Known | Unknown", ...]
@@ -55,7 +62,7 @@ class Port:
     `x`: the input, row i at input position i; `classes`: equal directions among these rows, `constant` those
     without any; `net` (n, O/G, taps): what each class, at its leader's place, sends to each output; `weight`
     (n, O/G, taps): what each position sends; `pattern` (G, O/G, taps): what the constants send; `size` (G, O/G):
-    the length of what each output is made of.
+    the length of what each output is made of. A large `net` or `weight` is made anew each time it is asked for.
     """
 
     node: Node
@@ -64,10 +71,24 @@ class Port:
     out: Channels
     classes: Classes
     constant: Tensor
-    net: Tensor
-    weight: Tensor
+    use: Use
+    sends: Net
     pattern: Tensor
     size: Tensor
+
+    @property
+    def net(self) -> Tensor:
+        return self.sends.values()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.use.weight()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, O/G, taps) of `net` and `weight`."""
+        groups, outputs, inputs, taps = self.use.shape
+        return groups * inputs, outputs, taps
 
     @property
     def groups(self) -> int:
@@ -90,9 +111,9 @@ class Port:
 
     def live_classes(self, live_out: Tensor, tolerance: float) -> Tensor:
         """(n,) at leaders: whether some live output (G * O/G,) reads the class."""
-        groups, n = self.groups, len(self.net)
-        live = live_out.reshape(groups, 1, -1).expand(groups, n // groups, -1).reshape(self.net.shape[:2])
-        read = (self.net != 0).any(dim=2) & live
+        groups, (n, outputs, _) = self.groups, self.shape
+        live = live_out.reshape(groups, 1, -1).expand(groups, n // groups, -1).reshape(n, outputs)
+        read = self.sends.sent & live
         if tolerance > 0:
             read &= ~self.below(self.net, tolerance)
         return read.any(dim=1)
@@ -119,6 +140,11 @@ class Numbering:
     """Recurrent weights -> how many rows of theirs belong to one unit: output g * n + i is gate g of unit i."""
     barriers: dict[str, str] = field(default_factory=dict)
     pinned_tensors: dict[str, str] = field(default_factory=dict)
+    sums_to_one: set[int] = field(default_factory=set)
+    """ids of Channels that sum up to 1 over their last axis (softmax)."""
+    gathers: dict[int, tuple[Channels, Tensor, Tensor]] = field(default_factory=dict)
+    """id of a Channels whose positions are rearranged -> the Channels, rows and positions that they are of."""
+    _room: int = field(default_factory=lambda: uses.ROOM)
     _recorded: set[int] = field(default_factory=set)
     _leaders: dict[tuple[object, ...], list[tuple[Dense | Sparse, Tensor, Tensor]]] = field(default_factory=dict)
     _on_axis: dict[tuple[object, ...], Channels] = field(default_factory=dict)
@@ -130,6 +156,18 @@ class Numbering:
         """The parameter that a node reads, in float64."""
         assert node.tensor is not None
         return self.graph.tensors[node.tensor].detach().to("cpu", torch.float64)
+
+    def use(self, node: Node, layout: Layout) -> Use:
+        """One use of the parameter that a node reads."""
+        assert node.tensor is not None
+        stored = self.graph.tensors[node.tensor].detach()
+        return Use(stored, layout, self.has_room(stored.numel()))
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many numbers more may be kept in float64; if so, they are counted."""
+        fits = size <= self._room
+        self._room -= size if fits else 0
+        return fits
 
     def eps(self, node: Node | None) -> float:
         """The rounding unit of the type in which a parameter is stored."""
@@ -266,14 +304,12 @@ def _join(parts: list[Dense | Sparse]) -> Dense | Sparse:
         return parts[0]
     dense = [part for part in parts if isinstance(part, Dense)]
     if dense:
-        return Dense(
-            torch.cat([part.values for part in dense]), dense[0].keys, torch.cat([p.error for p in dense])
-        )
+        return stacked(dense)
     sparse = [part for part in parts if isinstance(part, Sparse)]
     return Sparse(Rows.cat([part.rows for part in sparse]), sparse[0].offset)
 
 
 def _take(vectors: Dense | Sparse, index: Tensor) -> Dense | Sparse:
     if isinstance(vectors, Dense):
-        return Dense(vectors.values[index], vectors.keys, vectors.error[index])
+        return vectors.taken(index)
     return Sparse(vectors.rows[index], vectors.offset)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ep_prune.channels import Channels, Edge, Rows, along, mix, number
-from ep_prune.graph import Cat, Move, Node, Pad, Split
+from ep_prune.evaluate import call
+from ep_prune.graph import Cat, Create, Move, Node, Pad, Split
 from ep_prune.numbering.align import known_on, materialize, on_axis, regroup
 from ep_prune.numbering.elementwise import identity_edge, transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown, Value
@@ -22,12 +23,20 @@ def _move(op: Move, node: Node, n: Numbering) -> Value:
     if isinstance(x, Unknown):
         return Unknown(int(mix(number(f"{node.op} {node.args[1:]}"), x.number)), node.shape or (), x.origin)
     if isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        return Known(op.act(x.value), x.name, op.act(index.reshape(x.value.shape)))
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        return Known(op.act(x.stored), x.name, op.act(index.reshape(x.stored.shape)))
     if not isinstance(x, Channels):
         raise Refused("several tensors at once")
     labels, places = materialize(x)
     return regroup(n, x, op.act(labels.contiguous()), op.act(places.contiguous()), op.regroup)
+
+
+@transfer.register(Create)
+def _create(op: Create, node: Node, n: Numbering) -> Value:
+    made = call(node, {}, torch.device("cpu"))
+    if int(made.numel()) > 2**24:
+        raise Refused("a large tensor of constants")
+    return Known(made)
 
 
 @transfer.register(Split)
@@ -68,8 +77,8 @@ def _split(op: Split, node: Node, n: Numbering) -> Value:
             for k in wanted
         ]
     elif isinstance(x, Known):
-        index = torch.arange(x.value.numel()).reshape(x.value.shape) if x.index is None else x.index
-        results = [Known(cut(x.value, k), x.name, cut(index.reshape(x.value.shape), k)) for k in wanted]
+        index = torch.arange(x.stored.numel()).reshape(x.stored.shape) if x.index is None else x.index
+        results = [Known(cut(x.stored, k), x.name, cut(index.reshape(x.stored.shape), k)) for k in wanted]
     else:
         raise Refused("several tensors at once")
     return tuple(results) if op.take is None else results[0]
@@ -88,6 +97,10 @@ def _cat(op: Cat, node: Node, n: Numbering) -> Value:
     axes = {value.axes() for value in known} - {()}
     if axes <= {(op.axis,)} and (axes or all(value.shape[op.axis] == 1 for value in known)):
         return _cat_channels(op, node, n)
+    if len(axes) == 1 and op.axis in next(iter(axes)) and all(isinstance(value, Channels) for value in values):
+        return _cat_grids(op, node, n, [value for value in values if isinstance(value, Channels)])
+    if any(op.axis in own for own in axes):
+        raise Refused("parts whose channels lie along several axes")
     if len(axes) > 1 or any(not isinstance(value, Channels | Known) for value in values):
         raise Refused("parts whose channels lie along different axes")
     return _cat_positions(op, node, n, values)
@@ -138,6 +151,18 @@ def _cat_channels(op: Cat, node: Node, n: Numbering) -> Value:
             torch.cat([part.deviation for part in parts]),
         )
     )
+
+
+def _cat_grids(op: Cat, node: Node, n: Numbering, parts: list[Channels]) -> Value:
+    """Joined along one of several channel axes."""
+    starts = torch.tensor([0, *(len(part.rows) for part in parts)]).cumsum(0).tolist()
+    full = torch.cat([part.labels + start for part, start in zip(parts, starts, strict=False)], op.axis)
+    own = [torch.arange(len(part.rows)) for part in parts]
+    edges = tuple(Edge(p, rows + start, rows) for p, rows, start in zip(parts, own, starts, strict=False))
+    slots = torch.cat([part.slots for part in parts])
+    rows = Rows.cat([part.rows for part in parts])
+    n.slots.grids.append(slots[full].squeeze())
+    return n.record(Channels(node.shape or (), full, rows, slots, edges))
 
 
 def _stack(op: Cat, node: Node, n: Numbering, values: list[Value]) -> Value:

@@ -47,3 +47,9 @@ def divide(node: Node, tensors: Tensors) -> Operation:
 def where(node: Node, tensors: Tensors) -> Operation:
     condition, x, y = node.args
     return Choice(condition, x, y)
+
+
+@rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def masked_fill(node: Node, tensors: Tensors) -> Operation:
+    x, mask, value = node.args
+    return Choice(mask, value, x)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 
-from ep_prune.graph import Barrier, Contract, Layout, Lookup, Node, Operation
+from ep_prune.graph import Barrier, Contract, Layout, Lookup, Matmul, Node, Operation
 from ep_prune.rules.registry import Tensors, arguments, repeated, rule
 
 
@@ -25,8 +25,10 @@ def linear(node: Node, tensors: Tensors) -> Operation:
 @rule("aten.matmul", "aten.mm")
 def matmul(node: Node, tensors: Tensors) -> Operation:
     x, weight = node.args
-    if not isinstance(weight, Node) or weight.tensor is None or len(weight.shape or ()) != 2:
-        return Barrier("a product of two computed tensors")
+    if x.tensor is None and weight.tensor is None and min(len(x.shape or ()), len(weight.shape or ())) > 1:
+        return Matmul(x, weight)
+    if weight.tensor is None or len(weight.shape or ()) != 2:
+        return Barrier("a product with a known tensor that is not a weight")
     return _contract(x, weight, None, Layout(inputs_first=True, axis=len(node.shape or ()) - 1))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_prune.graph import Barrier, Cat, Move, Node, Operation, Pass, Split
+from ep_prune.graph import Cat, Move, Node, Operation, Pass, Pick, Split
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 
@@ -29,7 +29,8 @@ def _act(node: Node) -> Callable[[Tensor], Tensor]:
       "aten.permute", "aten.transpose.int", "aten.t", "aten.squeeze", "aten.squeeze.dim", "aten.squeeze.dims",
       "aten.unsqueeze", "aten.expand", "aten.repeat", "aten.flip", "aten.roll", "aten.movedim.intlist",
       "aten.swapaxes", "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.unfold",
-      "aten.view_copy", "aten.permute_copy", "aten.expand_copy", "aten.numpy_T", "aten.tile")  # fmt: skip
+      "aten.view_copy", "aten.permute_copy", "aten.expand_copy", "aten.numpy_T", "aten.tile",
+      "aten.repeat_interleave.self_int")  # fmt: skip
 def move(node: Node, tensors: Tensors) -> Operation:
     return Move((node.args[0],), _act(node))
 
@@ -104,15 +105,22 @@ _COPIES = ("aten.clone", "aten.lift_fresh_copy", "aten.detach", "aten.detach_", 
 def index(node: Node, tensors: Tensors) -> Operation:
     places: Any = node.args[1] if node.op == "aten.index.Tensor" else (node.args[2],)
     names = [_stored(place) for place in places]
-    if any(place is not None and name is None for place, name in zip(places, names, strict=True)):
-        return Barrier("indexed by a computed tensor")
 
-    def act(labels: Tensor) -> Tensor:
+    def pick(labels: Tensor, known: list[Tensor | None]) -> Tensor:
         assert node.target is not None
-        known = [None if name is None else tensors[name].cpu() for name in names]
         if node.op == "aten.index_select":
             return labels.index_select(node.args[1], torch.as_tensor(known[0]))
         moved: Tensor = node.target(labels, known)
         return moved
 
-    return Move((node.args[0],), act)
+    if any(place is not None and name is None for place, name in zip(places, names, strict=True)):
+        return Pick(node.args[0], tuple(places), pick)
+    stored = [None if name is None else tensors[name] for name in names]
+    return Move((node.args[0],), lambda labels: pick(labels, [None if t is None else t.cpu() for t in stored]))
+
+
+@rule("aten.unbind.int")
+def unbind(node: Node, tensors: Tensors) -> Operation:
+    call = arguments(node)
+    axis = call["dim"] % len(call["self"].shape)
+    return Split(call["self"], axis, (1,) * call["self"].shape[axis], squeeze=True)

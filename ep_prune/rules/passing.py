@@ -1,8 +1,9 @@
-"""Operations that hand on their values: dropout at inference, copies, casts between floating types."""
+"""Operations that hand on their values: dropout at inference, copies, casts between floating types; and tensors
+that are made of numbers in the user's code."""
 
 from __future__ import annotations
 
-from ep_prune.graph import Barrier, Item, Node, Operation, Pass
+from ep_prune.graph import Barrier, Create, Item, Node, Operation, Pass, Zeros
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 
@@ -24,3 +25,10 @@ def same(node: Node, tensors: Tensors) -> Operation:
 @rule("<built-in function getitem>")
 def item(node: Node, tensors: Tensors) -> Operation:
     return Item(node.args[0], int(node.args[1]))
+
+
+@rule("aten.arange", "aten.arange.start", "aten.arange.start_step", "aten.full", "aten.zeros", "aten.ones")
+def created(node: Node, tensors: Tensors) -> Operation:
+    if node.sized and node.op == "aten.zeros":
+        return Zeros()
+    return Barrier("its size follows the batch") if node.sized else Create()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ep_prune.graph import Barrier, Cell, Direction, Node, Operation, Recurrent, Zeros
+from ep_prune.graph import Barrier, Cell, Direction, Node, Operation, Recurrent
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 _CELLS = {
@@ -23,11 +23,6 @@ _CELLS = {
     "aten.rnn_tanh.input": Cell("rnn_tanh", 1, odd=0, function=torch.tanh),
     "aten.rnn_relu.input": Cell("rnn_relu", 1, odd=0, positive=True, function=torch.relu),
 }
-
-
-@rule("aten.zeros")
-def zeros(node: Node, tensors: Tensors) -> Operation:
-    return Zeros()
 
 
 @rule(*_CELLS)

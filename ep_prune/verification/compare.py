@@ -20,7 +20,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,14 @@ from torch import Tensor, nn
 from ep_prune.errors import InputError
 from ep_prune.verification.box import Box, boxes_of, check_inside, clamped, draw
 from ep_prune.verification.figures import Record, Verification
+from ep_prune.verification.float64 import Casts, InFloat64, Slopes, cast, hand_back, weights_cast_again, widened
 from ep_prune.verification.trees import (
     Call,
-    InFloat64,
     Outputs,
     all_tensors,
     as_batch,
     as_leaf,
     as_tuple,
-    cast,
     copied,
     flatten,
     gap_of,
@@ -47,18 +46,18 @@ from ep_prune.verification.trees import (
     rows_of,
     shared_rows,
     short,
-    widened,
 )
 
 FAMILIES = ("normal", "matched", "uniform")  # "matched" has the example's mean and standard deviation
 INSIDE = ("uniform", "corners", "matched")  # the families on a declared domain; "matched" is moved inside
 MAX_BATCHES = 64  # of the user's probes: a loader may be endless
 UNBATCHED_DRAWS = 4  # draws of each family where the number of samples cannot be chosen
-REACH_ROWS = 8  # samples in one backward pass, to bound its memory
+REACH_ROWS = 8, 2  # samples in one backward pass, to bound its memory; of a model above REACH_ROOM
 FLOAT64_LIMIT = 1e-10
 ROUNDINGS = 16  # what is merged was equal up to rounding only: allow a small multiple of the wide model's own
 LOOSEST_LIMIT = 0.1  # above this a default would let another function pass
 REACH_LARGE = 2_000_000  # weights reached after which one backward pass a batch is enough
+REACH_ROOM = 2**25  # weights whose gradients are held at once; above, they are made twice and looked at one by one
 AGREE = 1e-13  # a relative difference that is rounding alone in float64
 NOISE = 1e-12  # a gradient this far below the largest one is rounding of an exact zero (a key bias in attention)
 TINY = 1e-300  # keeps a division by a norm of 0 from NaN
@@ -78,6 +77,7 @@ def verify(
     reach: bool = True,
     judged: Sequence[str] | None = None,
     domain: Any = None,
+    share: bool = False,
 ) -> Verification:
     """Measure how far `narrow` is from `wide`, both in eval mode, on copies.
 
@@ -95,6 +95,9 @@ def verify(
 
     `domain`: a box (lo, hi) of inputs (see `box`): all probes lie in it, among them its corners.
 
+    `share`: the copies have their parameters in the memory of the models given, and weights are cast to float64
+    one operation at a time. Only where it is known that no forward pass writes into a parameter.
+
     Raises InputError if a model cannot be copied, the wide model does not take the inputs or a batch of
     `probes`, `probes` is empty, inputs lie outside `domain`, or an option is out of range. A narrow model that
     raises, or whose outputs have another structure or shape, is a difference of inf with its reason, not an
@@ -111,7 +114,7 @@ def verify(
         for kind in {"cpu", *(device.type for device in cuda)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         boxes = None if domain is None else boxes_of(domain, *example)
-        session = _Session(wide, narrow, example, seed, reach, judged, boxes)
+        session = _Session(wide, narrow, example, seed, reach, judged, boxes, share)
         session.run(probes, count, ascent_steps, ascent_starts)
         return session.result(limit, synthetic=probes is None)
 
@@ -128,9 +131,10 @@ class _Session:
         reach: bool,
         judged: Sequence[str] | None,
         boxes: list[Box | None] | None = None,
+        share: bool = False,
     ) -> None:
-        self.wide, self.narrow = copied(wide, "wide"), copied(narrow, "narrow")
-        self.wide64, self.narrow64 = widened(self.wide), widened(self.narrow)
+        self.wide, self.narrow = copied(wide, "wide", share), copied(narrow, "narrow", share)
+        self.wide64, self.narrow64 = widened(self.wide, share), widened(self.narrow, share)
         self.dtype = main_dtype(self.wide, example)
         self.own = self.dtype != torch.float64  # else there is one figure, and no rounding to measure
         self.example = map_tensors(example, lambda t: t.detach().cpu())
@@ -141,8 +145,9 @@ class _Session:
         self.notes: dict[str, None] = {}  # a dict is an ordered set
         self.samples = self.nonfinite = 0
         self.reach, self.batched, self.judged = reach, False, judged
-        weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point()}
+        weights = {name: p for name, p in self.wide64.named_parameters() if p.is_floating_point() and reach}
         self.touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in weights.items() if p.numel()}
+        self.large = sum(touched.numel() for touched in self.touched.values()) > REACH_ROOM
 
     def run(self, probes: Iterable[Any] | None, count: int, steps: int, starts: int) -> None:
         tensors = all_tensors(self.example)
@@ -176,12 +181,17 @@ class _Session:
         if read == MAX_BATCHES:
             self.notes[f"no more than {MAX_BATCHES} batches of the probes were read"] = None
 
-    def forward(self, model: nn.Module, call: Call, dtype: torch.dtype) -> Outputs:
+    def forward(self, model: nn.Module, call: Call, dtype: torch.dtype, slopes: Slopes | None = None) -> Outputs:
         """One forward pass, from a fixed seed, on copies of the arguments (a model may write into them)."""
         state = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
         args, kwargs = map_tensors(call, lambda t: cast(t, dtype).to(state.device, copy=True))
         torch.manual_seed(self.seed)
-        with InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if dtype == torch.float64:
+                casts: Casts | None = {} if torch.is_grad_enabled() else None
+                if casts is not None:
+                    stack.enter_context(weights_cast_again(casts))
+                stack.enter_context(InFloat64(slopes, casts))
             outputs, unknown = flatten(model(*args, **kwargs))
         self.notes |= {f"{name} is not compared: no tensor, number or container": None for name in unknown}
         return outputs
@@ -313,21 +323,14 @@ class _Session:
 
     def _reach(self, call: Call) -> None:
         """Mark the wide model's parameter elements that a random projection of the outputs depends on."""
-        weights = [p for name, p in self.wide64.named_parameters() if name in self.touched]
         try:
             self.wide64.requires_grad_(True)
-            for start in range(0, shared_rows(call) if self.batched else 1, REACH_ROWS):
-                rows = slice(start, start + REACH_ROWS) if self.batched else None
+            size = REACH_ROWS[self.large]
+            for start in range(0, shared_rows(call) if self.batched else 1, size):
+                rows = slice(start, start + size) if self.batched else None
                 piece = map_tensors(call, functools.partial(rows_of, rows))
-                with torch.enable_grad():
-                    outputs = self.forward(self.wide64, piece, torch.float64).values()
-                    terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
-                    total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
-                slopes = [slope.abs_() for slope in gradients(total, weights)]
-                floor = NOISE * max(float(slope.max()) for slope in slopes)
                 before = sum(int(touched.sum()) for touched in self.touched.values())
-                for touched, slope in zip(self.touched.values(), slopes, strict=True):
-                    touched |= slope > floor
+                self._reach_piece(piece)
                 # Samples of one family reach much the same weights: for a large model the first ones stand for it.
                 if before == sum(int(t.sum()) for t in self.touched.values()) or before > REACH_LARGE:
                     break
@@ -336,6 +339,49 @@ class _Session:
             self.notes[f"the share of weights reached was not measured: {short(error)}"] = None
         finally:
             self.wide64.requires_grad_(False)
+
+    def _reach_piece(self, call: Call) -> None:
+        """One backward pass, or two where gradients are too large to be held until the largest is known."""
+        weights = {id(p): name for name, p in self.wide64.named_parameters() if name in self.touched}
+        slopes: dict[int, Tensor] = {}
+        largest = 0.0
+        held = not self.large
+
+        def note(weight: Tensor, slope: Tensor) -> None:
+            nonlocal largest
+            if id(weight) in weights and held:
+                slopes[id(weight)] = slopes[id(weight)] + slope if id(weight) in slopes else slope.abs()
+            elif id(weight) in weights:
+                largest = max(largest, float(slope.max()), -float(slope.min()))
+
+        def mark(weight: Tensor, slope: Tensor) -> None:
+            if id(weight) in weights:
+                touched = self.touched[weights[id(weight)]]
+                touched |= slope > NOISE * largest
+                touched |= slope < -NOISE * largest
+
+        self._climb(call, note)
+        if held:
+            largest = max((float(slope.max()) for slope in slopes.values()), default=0.0)
+            for weight in self.wide64.parameters():
+                if id(weight) in slopes:
+                    mark(weight, slopes[id(weight)])
+        else:
+            self._climb(call, mark)
+
+    def _climb(self, call: Call, take: Callable[[Tensor, Tensor], None]) -> None:
+        """Gradients of a random projection of the wide model's outputs, the same one for the same call."""
+        slopes = Slopes(take)
+        if self.large:
+            hand_back()
+        with torch.enable_grad():
+            outputs = self.forward(self.wide64, call, torch.float64, slopes).values()
+            terms = [t * torch.randn_like(t) for t in outputs if t.requires_grad]
+            total = torch.stack([term[term.isfinite()].sum() for term in terms]).sum()
+        del outputs, terms
+        if self.large:
+            hand_back()
+        slopes.climb(total, [p for name, p in self.wide64.named_parameters() if name in self.touched])
 
     def result(self, limit: float | None, synthetic: bool) -> Verification:
         eps, exact = torch.finfo(self.dtype).eps, self.dtype == torch.float64

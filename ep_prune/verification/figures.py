@@ -141,7 +141,9 @@ class Record:
         gap, scale, _ = gap_of(wide, narrow)
         self.stored_gap, self.stored_scale = max(self.stored_gap, gap), max(self.stored_scale, scale)
         both = wide64.isfinite() & wide.isfinite()  # an overflow of the dtype is no measure of its rounding
-        self.rounding_gap = max(self.rounding_gap, gap_of(wide64[both], wide[both])[0])
+        if not both.all():
+            wide64, wide = wide64[both], wide[both]
+        self.rounding_gap = max(self.rounding_gap, gap_of(wide64, wide)[0])
 
     def finish(self, name: str, own: bool) -> OutputDifference:
         if not self.reason and self.scale == 0 and self.gap > 0:

@@ -1,4 +1,4 @@
-"""Arguments and outputs as trees of tensors, copies of models, and float64 throughout: tools of `compare`."""
+"""Arguments and outputs as trees of tensors, and copies of models: tools of `compare`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ep_prune.errors import InputError
+from ep_prune.verification.float64 import sharing
 
 Call = Any  # (positional arguments, keyword arguments) of one forward pass
 Outputs = dict[str, Tensor]  # the tensors of one forward pass by their path, such as "output.logits"
-LOW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class InFloat64(TorchFunctionMode):
-    """In here no tensor is born below float64: a model's `x.float()`, `torch.zeros(n)` or `to(torch.float32)`
-    would put float32 rounding into the float64 figure."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def higher(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
-
-        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
-        result = func(*map(higher, args), **{name: higher(value) for name, value in (kwargs or {}).items()})
-        return result.double() if isinstance(result, Tensor) and result.dtype in LOW else result
 
 
 def gap_of(wide: Tensor, narrow: Tensor) -> tuple[float, float, int]:
@@ -41,12 +27,15 @@ def gap_of(wide: Tensor, narrow: Tensor) -> tuple[float, float, int]:
     """
     if not wide.is_floating_point():
         return float((wide != narrow).sum()), float(wide.numel()), wide.numel()
-    finite = wide.isfinite()
-    lost = bool((wide.isinf() & (wide != narrow)).any())
-    wide, narrow = wide[finite].detach().double(), narrow[finite].detach().double()
+    finite, lost = wide.isfinite(), False
+    wide, narrow = wide.detach(), narrow.detach()
+    if not finite.all():
+        lost = bool((wide.isinf() & (wide != narrow)).any())
+        wide, narrow = wide[finite], narrow[finite]
+    wide, narrow = wide.double(), narrow.double()
     if not wide.numel():
         return math.inf if lost else 0.0, 0.0, 0
-    gap = float((wide - narrow).abs().nan_to_num(nan=math.inf, posinf=math.inf).max())
+    gap = float((wide - narrow).abs_().nan_to_num_(nan=math.inf, posinf=math.inf).max())
     return math.inf if lost else gap, float(wide.abs().max()), wide.numel()
 
 
@@ -56,23 +45,12 @@ def gradients(value: Tensor, points: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(points, slopes, strict=True)]
 
 
-def copied(model: nn.Module, role: str) -> nn.Module:
-    """A private copy in eval mode, without gradients."""
+def copied(model: nn.Module, role: str, share: bool) -> nn.Module:
+    """A private copy in eval mode, without gradients; share: with its parameters in the model's own memory."""
     try:
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        return (sharing(model) if share else copy.deepcopy(model)).eval().requires_grad_(False)
     except Exception as error:
         raise InputError(f"the {role} model cannot be copied, and only copies are run: {short(error)}") from error
-
-
-def widened(model: nn.Module) -> nn.Module:
-    """A copy in float64, tensors kept as plain attributes included."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):  # a tensor kept as a plain attribute, not as a buffer
-            if isinstance(value, Tensor):
-                setattr(module, name, cast(value, torch.float64))
-    model._apply(lambda t: cast(t, torch.float64))  # type: ignore[no-untyped-call]
-    return model
 
 
 def main_dtype(model: nn.Module, example: Call) -> torch.dtype:
@@ -81,13 +59,6 @@ def main_dtype(model: nn.Module, example: Call) -> torch.dtype:
     for tensor in list(model.parameters()) or all_tensors(example):
         sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
     return max((n, str(d), d) for d, n in sizes.items())[2] if any(sizes.values()) else torch.float32
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floating and complex tensors in the precision of `dtype`; others as they are."""
-    if tensor.is_complex():
-        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def as_leaf(points: list[Tensor], tensor: Tensor) -> Tensor:

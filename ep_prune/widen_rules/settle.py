@@ -11,6 +11,7 @@ depthwise    wide channel j reads wide channel j: W'_j = W_pi(j) d_out / d_in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import singledispatch
 
 import torch
@@ -182,24 +183,27 @@ def _dense(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide | None
     anything = torch.zeros(len(scale), dtype=torch.bool)
     if rows is not None and w.general and w.before_norm(node):
         anything = rows.null & w.draws.chance(f"{node.name} anything", len(scale), 0.3)
-    T, t = _matrix(x, inputs)
+    t = torch.zeros(inputs, dtype=torch.float64) if x is None else x.offset
     if x is not None and not (w.critical or w.mode.mixed):
         t = torch.where(x.null, 0.0, t)  # nothing reads the nulls
     passes = torch.tensor(op.layout.interior) & w.has_room(op, node)
     size = weight.square().mean().sqrt()
-    draw = w.draws.normal(f"{node.name} mix", len(scale), len(T), taps, vary=w.mode.mixed) * size
+    draw = w.draws.normal(f"{node.name} mix", len(scale), len(t), taps, vary=w.mode.mixed) * size
     if w.critical:
         draw = _unseen_behind(draw, rows, outputs)
     wide = torch.empty_like(draw)
-    for chosen, A, wanted in _systems(T, t, target, passes):
-        inverse = _left_inverse(A, x, node, op, w)
-        part = draw[:, :, chosen].transpose(1, 2)
+    for some, cancels in ((passes, False), (~passes, bool((t.abs() > 1e-14).any()))):
+        if not bool(some.any()):
+            continue
+        wanted = target[:, :, some].transpose(1, 2)
+        part = draw[:, :, some].transpose(1, 2)
         if x is None:
             part = wanted
         else:
+            inverse = _left_inverse(x, t if cancels else None, inputs, node, op, w)
             for _ in range(3):  # the second and third pass remove the rounding of the first
-                part = part + (wanted - part @ A) @ inverse
-        wide[:, :, chosen] = part.transpose(1, 2)
+                part = part + inverse(wanted - x.times(part, inputs), -part @ t)
+        wide[:, :, some] = part.transpose(1, 2)
     wide = torch.where(wide.abs() <= 1e-14 * _scale(wide, draw, x), 0.0, wide)  # zero but for rounding
     wide[anything] = w.draws.normal(f"{node.name} junk", *wide.shape)[anything] * size
     sent = torch.einsum("oit,i->o", wide[:, :, passes], t)
@@ -236,42 +240,41 @@ def _unseen_behind(draw: Tensor, rows: Wide | None, outputs: int) -> Tensor:
     """(1 - T B') Z for the outputs: what no gradient from behind sees."""
     if rows is None:
         return torch.zeros_like(draw)
-    T, inverse = rows.matrix(outputs), rows.left_inverse(outputs)
-    return draw - (T @ (inverse @ draw.flatten(1))).reshape(draw.shape)
+    flat = draw.flatten(1).T
+    return draw - rows.gather(rows.add_up(flat, rows.shares_over_scales(), outputs)).T.reshape(draw.shape)
 
 
-def _left_inverse(A: Tensor, x: Wide | None, node: Node, op: Contract, w: Widening) -> Tensor:
-    """A' with A' A = 1: the one of the backward condition, or the shortest one."""
-    if w.critical and x is not None:
-        if A.shape[1] > int(x.source.max()) + 1:
+def _left_inverse(
+    x: Wide, t: Tensor | None, k: int, node: Node, op: Contract, w: Widening
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A' with A' A = 1 for A = T, or [T, t]: the one of the backward condition, or the shortest one.
+
+    It is applied from the right to q (..., k) and, where there is t, to one more column (...). Each row of T has
+    one entry at most, so that T' T is diagonal, and no dense inverse is needed: A' comes from T' and from the part
+    r of t that no combination of channels makes.
+    """
+    if w.critical:
+        if t is not None:
             raise w.stuck_at(node, op.x, reason="a constant that neither vanishes nor has a bias", may_calm=True)
-        return x.left_inverse(A.shape[1])
-    if torch.linalg.cond(A) > 1e4:
+        entries, source = x.shares_over_scales(), x.source.clamp_min(0)
+        return lambda q, _: q[..., source] * entries
+    squares = x.squares(k)
+    if t is None:
+        _check_condition(squares.min().sqrt(), squares.max().sqrt(), torch.tensor(torch.inf), node, op, w)
+        return lambda q, _: x.gather(q / squares)
+    size = t.norm()
+    c = x.times(t / size, k) / squares
+    rest = t / size - x.gather(c)
+    length = rest.square().sum()
+    _check_condition(squares.min().sqrt(), squares.max().sqrt(), length.sqrt(), node, op, w)
+    return lambda q, last: x.gather(q / squares) + (last / size - q @ c).unsqueeze(-1) * (rest / length)
+
+
+def _check_condition(least: Tensor, most: Tensor, rest: Tensor, node: Node, op: Contract, w: Widening) -> None:
+    """|A| |A'| by a bound: the sizes of T's columns, and of what the constants' column adds to them."""
+    inverse = (1 + 1 / rest) / least + 1 / rest
+    if not float(inverse * most.clamp_min(1.0 if rest.isfinite() else 0.0)) <= 1e4:
         raise w.stuck_at(node, op.x, reason="constants too small to cancel one another", may_calm=True)
-    inverse: Tensor = torch.linalg.pinv(A)
-    return inverse
-
-
-def _systems(T: Tensor, t: Tensor, target: Tensor, passes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(taps, A, R) for the taps through which constants may pass, and for the others."""
-    found = []
-    wanted = target.transpose(1, 2)
-    cancel = bool((t.abs() > 1e-14).any())
-    for some, A in ((passes, T), (~passes, torch.cat([T, (t / t.norm()).unsqueeze(1)], 1) if cancel else T)):
-        if not bool(some.any()):
-            continue
-        R = wanted[:, some]
-        if A.shape[1] > T.shape[1]:
-            R = torch.cat([R, torch.zeros_like(R[:, :, :1])], 2)
-        found.append((some, A, R))
-    return found
-
-
-def _matrix(x: Wide | None, inputs: int) -> tuple[Tensor, Tensor]:
-    """T (N, K) and t (N,) of a weight's input."""
-    if x is None:
-        return torch.eye(inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64)
-    return x.matrix(inputs), x.offset
 
 
 def _depthwise(op: Contract, node: Node, w: Widening, weight: Tensor, x: Wide, rows: Wide) -> Tensor:

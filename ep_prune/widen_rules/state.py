@@ -108,19 +108,27 @@ class Wide:
         real = (~self.null).nonzero().squeeze(1)
         return ChannelEmbedding(len(self.d), k, real, self.source[real], self.d[real], self.offset)
 
-    def matrix(self, k: int) -> Tensor:
-        """T (N, k)."""
-        real = (~self.null).nonzero().squeeze(1)
-        T = torch.zeros(len(self.d), k, dtype=torch.float64)
-        T[real, self.source[real]] = self.d[real]
-        return T
+    def gather(self, z: Tensor) -> Tensor:
+        """z T' for z (..., k): (..., N). As every row of T has one entry at most, no matrix is needed."""
+        return z[..., self.source.clamp_min(0)] * self.d
 
-    def left_inverse(self, k: int) -> Tensor:
-        """B' (k, N): what the backward condition needs of T, with B' T = I."""
-        real = (~self.null).nonzero().squeeze(1)
-        inverse = torch.zeros(k, len(self.d), dtype=torch.float64)
-        inverse[self.source[real], real] = self.share[real] / self.d[real]
-        return inverse
+    def add_up(self, x: Tensor, weight: Tensor, k: int) -> Tensor:
+        """x diag(weight) S for x (..., N), S the pattern of T: (..., k), the copies of each channel added up."""
+        weight = torch.where(self.null, 0.0, weight)
+        total = torch.zeros(*x.shape[:-1], k, dtype=torch.float64)
+        return total.index_add_(-1, self.source.clamp_min(0), x * weight)
+
+    def times(self, x: Tensor, k: int) -> Tensor:
+        """x T for x (..., N): (..., k)."""
+        return self.add_up(x, self.d, k)
+
+    def shares_over_scales(self) -> Tensor:
+        """The entries (N,) of B', one for each row of T: what the backward condition needs, with B' T = I."""
+        return torch.where(self.null, 0.0, self.share / torch.where(self.null, 1.0, self.d))
+
+    def squares(self, k: int) -> Tensor:
+        """(k,) the diagonal of T' T, which has nothing else."""
+        return self.add_up(self.d, self.d, k)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""Modules that can hold what `reduce` leaves, in exchange for PyTorch's that cannot.
+
+`nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the
+same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, same weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadAttention(nn.Module):
+    """`nn.MultiheadAttention` with heads of any number and size.
+
+    Takes and returns what that does: query (L, E), (L, N, E) or, batch first, (N, L, E), and key and value alike;
+    masks as there (True: not seen). Returns (output, weights or None).
+    """
+
+    in_proj_weight = None
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+    """As `nn.TransformerEncoderLayer` asks for them, in front of a fast path of its own."""
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = original.num_heads, original.head_dim
+        self.embed_dim, self.batch_first, self.dropout = original.embed_dim, original.batch_first, original.dropout
+        self.scale = float(original.head_dim**-0.5)
+        joined: Tensor | None = original.in_proj_weight
+        bias: Tensor | None = original.in_proj_bias
+        apart = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
+        weights = tuple(part.detach() for part in (apart if joined is None else joined.chunk(3)))
+        biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
+        trained = original.out_proj.weight.requires_grad
+        self.q_proj, self.k_proj, self.v_proj = (
+            _linear(weight, bias, trained) for weight, bias in zip(weights, biases, strict=True)
+        )
+        out = original.out_proj
+        self.out_proj = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach(), trained)
+        self.train(original.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        single = query.ndim == 2
+        if single:
+            query, key, value = (part.unsqueeze(0) for part in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        q, k, v = (
+            layer(part).reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
+            for layer, part in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:])
+            scores = _masked(scores, attn_mask)
+        if key_padding_mask is not None:
+            scores = _masked(scores, key_padding_mask[:, None, None, :])
+        weights = nn.functional.dropout(scores.softmax(-1), self.dropout, self.training)
+        out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        if single:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        shown = weights.mean(1) if average_attn_weights else weights
+        return out, shown.squeeze(0) if single else shown
+
+
+def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+    layer = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=trained)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=trained)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def fixed_attentions(model: nn.Module) -> list[str]:
+    """The names of all `nn.MultiheadAttention`."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+
+
+def replace_(model: nn.Module) -> list[str]:
+    """Exchange every `nn.MultiheadAttention` that has no keys of its own; notes on what was exchanged, and not."""
+    notes = []
+    for name in fixed_attentions(model):
+        original = model.get_submodule(name)
+        assert isinstance(original, nn.MultiheadAttention)
+        if original.bias_k is not None or original.add_zero_attn:
+            notes.append(f"{name} kept: nn.MultiheadAttention with keys of its own (add_bias_kv, add_zero_attn)")
+            continue
+        if not name:
+            notes.append("the model itself is an nn.MultiheadAttention, which is kept: wrap it in a module")
+            continue
+        model.set_submodule(name, HeadAttention(original))
+        notes.append(f"{name} exchanged: nn.MultiheadAttention for ep_prune.modules.HeadAttention")
+    return notes
