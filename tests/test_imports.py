@@ -200,3 +200,13 @@ def test_nothing_but_integrations_imports_torch_pruning():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+def test_every_algebra_is_loaded_with_the_walk():
+    """A handler that registers itself on import is none until it is imported; a test that imports it hides that."""
+    from ep_prune.numbering import walk
+
+    files = (PACKAGE / "numbering").glob("*.py")
+    own = {path.stem for path in files if "@transfer.register" in path.read_text()}
+    loaded = {handler.__name__.rpartition(".")[2] for handler in walk._HANDLERS}
+    assert own - {"elementwise"} == loaded

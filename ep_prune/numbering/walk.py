@@ -10,13 +10,13 @@ from torch import Tensor
 from ep_prune.errors import InputError
 from ep_prune.evaluate import call
 from ep_prune.graph import Graph, Node
-from ep_prune.numbering import attention, contraction, norms, structure
+from ep_prune.numbering import attention, contraction, norms, recurrent, structure
 from ep_prune.numbering.elementwise import transfer
 from ep_prune.numbering.state import Known, Numbering, Refused, Unknown
 from ep_prune.rules import kind_of
 from ep_prune.slots import Slots
 
-_HANDLERS = (attention, contraction, norms, structure)
+_HANDLERS = (attention, contraction, norms, recurrent, structure)
 
 
 def number_channels(
