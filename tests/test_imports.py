@@ -203,7 +203,7 @@ def test_files_are_short(path):
 
 
 def test_every_algebra_is_loaded_with_the_walk():
-    """A handler that registers itself on import is none until it is imported; a test that imports it hides that."""
+    """A handler that registers itself on import is none until it is imported; a test that does hides that."""
     from ep_prune.numbering import walk
 
     files = (PACKAGE / "numbering").glob("*.py")

@@ -29,6 +29,7 @@ CASES = {
     "lstm, projected": (nn.LSTM, {"proj_size": 2}, "last"),
     "lstm, projected, cells": (nn.LSTM, {"proj_size": 2}, "cell"),
     "lstm, projected, stacked": (nn.LSTM, {"proj_size": 2, **BOTH}, "all"),
+    "lstm, projected, three layers": (nn.LSTM, {"proj_size": 2, "num_layers": 3}, "cell"),
     "lstm without biases": (nn.LSTM, {"bias": False}, "all"),
     "gru": (nn.GRU, {}, "all"),
     "gru, stacked, both ways": (nn.GRU, {**BOTH, "batch_first": True}, "last"),

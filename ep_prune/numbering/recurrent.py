@@ -265,7 +265,9 @@ class _Layer:
             if back[0].shape[1] and new.same(found):
                 return new
             found = new
-            rows = self._states(found, True)
+            # States are claimed to be equal: their errors do not count here. Ratios are known up to rounding.
+            rounding = torch.where(found.scale.abs() == 1, 0.0, self.n.eps(self.w.weight_hh) * found.scale.abs())
+            rows = self._states(replace(found, error=rounding), True)
             classes, constant = equal_directions(rows, len(rows), self.n.tolerance)
             net, noise = _net(self.hh, classes.leader, classes.scale, constant, rows, self.n.eps(self.w.weight_hh))
             coef = torch.where(classes.leader == torch.arange(len(rows)), rows.coef.sum(1), 0.0)
@@ -319,14 +321,18 @@ class _Layer:
         return _Units(leader, scale, zero, flat, value, torch.where(zero | flat, 0.0, error))
 
     def _away(self, gates: Sequence[Dense], leader: Tensor, scale: Tensor) -> Tensor:
-        """(H,) how far a unit's rows may be off its leader's, 0 for leaders. The odd gate comes last."""
+        """(H,) how far a unit may be off its leader in one step, 0 for leaders. The odd gate comes last.
+
+        The others are sigmoids, of slope 1/4 at most.
+        """
         here = torch.arange(len(leader))
         square = torch.zeros(len(leader), dtype=torch.float64)
         for place, gate in enumerate(gates):
             factor = scale if place == len(gates) - 1 else torch.ones_like(scale)
+            slope = 1.0 if place == len(gates) - 1 else 0.25
             off = gate.distance(here, leader, factor) + gate.error + factor.abs() * gate.error[leader]
             length = gate.norm()[leader].clamp_min(1e-300) if self.cell.positive else 1.0
-            square = square + (off / length).square()
+            square = square + (slope * off / length).square()
         return torch.where(leader == here, 0.0, square.sqrt())
 
 
