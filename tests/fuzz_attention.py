@@ -65,6 +65,7 @@ class Attention(nn.Module):
         self.core, self.layout, size, value = case.core, case.layout, case.size, case.value
         self.num_kv_heads, self.n_rep, self.head_dim = len(case.groups), len(case.heads), size
         self.num_heads, self.scale = self.num_kv_heads * self.n_rep, size**-0.5
+        self.shared = self.n_rep > 1
         self.q_size, self.kv_size = self.num_heads * size, self.num_kv_heads * size
         widths = self.q_size, self.kv_size, self.num_kv_heads * value
         if case.layout == "apart":
@@ -96,10 +97,10 @@ class Attention(nn.Module):
             told = {"scale": self.scale} if self.core == "fused, scale" else {}
             causal = self.core == "fused, causal"
             out = F.scaled_dot_product_attention(
-                q, k, v, seen, is_causal=causal, enable_gqa=self.n_rep > 1, **told
+                q, k, v, seen, is_causal=causal, enable_gqa=self.shared, **told
             )
             return self.o(out.transpose(1, 2).flatten(2))
-        if self.n_rep > 1:
+        if self.shared:
             k, v = (repeated(part, self.n_rep) for part in (k, v))
         if self.core == "rotary":
             out = F.scaled_dot_product_attention(turned(q), turned(k), v)
@@ -161,12 +162,14 @@ def generate(seed: int) -> Case:
         return items[integer(0, len(items) - 1)]
 
     core, layout = choice(CORES), choice(LAYOUTS)
-    shared = layout in ("apart", "split") and integer(0, 1) == 1
+    shared = layout == "apart" and integer(0, 1) == 1
     groups = ("own", *(choice(("own", "null", "copy")) for _ in range(integer(0, 3))))
     heads = ("own", *(choice(("own", "null", "copy")) for _ in range(integer(1, 2)))) if shared else ("own",)
     size = 2 * integer(1, 3) if core == "rotary" else integer(2, 4)
     value = size if layout != "apart" or core == "rotary" else choice((size, integer(2, 4)))
     ranks = integer(1, size), integer(1, value)
+    if size != value:  # of one alone: widths that become equal on the way are kept equal
+        ranks = (ranks[0], value) if integer(0, 1) else (size, ranks[1])
     memory = layout == "apart" and core in ("fused", "fused, scale", "hand", "size of the keys", "einsum")
     memory = memory and integer(0, 1) == 1
     padding = core != "fused, causal" and core != "rotary" and integer(0, 2) == 0
