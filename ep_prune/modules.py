@@ -32,12 +32,14 @@ class HeadAttention(nn.Module):
         apart = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
         weights = tuple(part.detach() for part in (apart if joined is None else joined.chunk(3)))
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
-        trained = original.out_proj.weight.requires_grad
+        parts = (joined,) * 3 if joined is not None else apart
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(weight, bias, trained) for weight, bias in zip(weights, biases, strict=True)
+            _linear(weight, bias, part.requires_grad)
+            for weight, bias, part in zip(weights, biases, parts, strict=True)
         )
         out = original.out_proj
-        self.out_proj = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach(), trained)
+        kept = None if out.bias is None else out.bias.detach()
+        self.out_proj = _linear(out.weight.detach(), kept, out.weight.requires_grad)
         self.train(original.training)
 
     def forward(
