@@ -97,10 +97,32 @@ def test_factors_inside_a_head_and_its_channels_in_another_order(way: str) -> No
     gain = torch.tensor([2.0, -0.5, 4.0], dtype=torch.float64)
     for layer, factor in ((part.q, gain), (part.k, 1 / gain), (part.v, torch.tensor(-1.5))):
         for new, old in zip(rows(layer, 3, 3), rows(layer, 0, 3), strict=True):
-            new.copy_((old[order].T * factor).T if factor.ndim else factor * old)
+            new.copy_(old[order] * factor.reshape(-1, *[1] * (old.ndim - 1)) if factor.ndim else factor * old)
     result = ep.reduce(wide, X)
     assert result.model.attention.num_heads == 3
     assert apart(wide, result.model, 9) < 1e-10
+
+
+def test_a_table_of_positions_is_compared_beyond_the_examples_length() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.places = nn.Parameter(torch.randn(9, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.tanh(self.inner(x) + self.places[: x.shape[1]]))
+            return out
+
+    torch.manual_seed(0)
+    wide = Positions().double().eval()
+    for part in (wide.inner.weight.data, wide.inner.bias.data, wide.places.data.T[:, :6]):
+        part[3] = part[0]
+    narrow = ep.reduce(wide, X).model
+    assert narrow.inner.out_features == 8 and apart(wide, narrow, 9) < 1e-10
+    wide.places.data[:, 3] = wide.places.data[:, 0]
+    narrow = ep.reduce(wide, X).model
+    assert narrow.inner.out_features == 7 and apart(wide, narrow, 9) < 1e-10
 
 
 class Around(nn.Module):
@@ -140,6 +162,7 @@ def test_only_plain_multihead_attention_is_exchanged(what: str) -> None:
         assert result.model.attention.num_heads == 3
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_head_attention_hides_what_multihead_attention_hides(batch_first: bool, need_weights: bool) -> None:
