@@ -25,7 +25,7 @@ import ep_prune as ep
 from benchmarks.families_networks import Family
 from benchmarks.families_reasons import closed, line, missed
 from ep_prune.trace import trace
-from ep_prune.verification.trees import InFloat64
+from ep_prune.verification import InFloat64
 from ep_prune.widen import widenable
 
 LIMIT = 1e-10

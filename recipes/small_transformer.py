@@ -1,7 +1,7 @@
 """A small vision transformer, what is counted of it, and two peers of `compress` that prune it.
 
-What the comparison in `recipes.digits_transformer` is made of: magnitude pruning of heads and hidden units, and the
-same followed by a least-squares fit of what reads them, after GRAIL (2026).
+What the comparison in `recipes.digits_transformer` is made of: magnitude pruning of heads and hidden units, and
+the same followed by a least-squares fit of what reads them, after GRAIL (2026).
 """
 
 from __future__ import annotations

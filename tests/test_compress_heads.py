@@ -19,6 +19,7 @@ from ep_prune.cost import cost
 from ep_prune.modules import HeadAttention
 
 WIDTH, HEADS, SIZE = 24, 6, 4
+MLPS = [f"{kind}.{k}" for kind in ("up", "down") for k in range(2)]
 QUIET = {"progress": False}
 
 
@@ -62,10 +63,11 @@ class Chunked(Packed):
 
 
 class Apart(nn.Module):
-    """Three layers; `kv_heads` of keys and values; rotary positions."""
+    """Three layers; `kv_heads` of keys and values, repeated here or by torch; rotary positions."""
 
-    def __init__(self, kv_heads: int = HEADS, rotary: bool = False) -> None:
+    def __init__(self, kv_heads: int = HEADS, rotary: bool = False, by_torch: bool = False) -> None:
         super().__init__()
+        self.by_torch = by_torch
         self.num_heads, self.num_kv_heads, self.head_dim, self.rotary = HEADS, kv_heads, SIZE, rotary
         self.q, self.out = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(HEADS * SIZE, WIDTH)
         self.k, self.v = nn.Linear(WIDTH, kv_heads * SIZE), nn.Linear(WIDTH, kv_heads * SIZE)
@@ -76,10 +78,11 @@ class Apart(nn.Module):
         k, v = (f(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
         if self.rotary:
             q, k = turned(q), turned(k)
-        if self.num_kv_heads < self.num_heads:
+        if self.num_kv_heads < self.num_heads and not self.by_torch:
             times = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.by_torch)
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
 
 
 def turned(x):
@@ -124,6 +127,7 @@ FORMS = {
     "chunked": Chunked,
     "apart": Apart,
     "grouped": functools.partial(Apart, 3),
+    "grouped by torch": functools.partial(Apart, 3, by_torch=True),
     "rotary": functools.partial(Apart, rotary=True),
     "rotary grouped": functools.partial(Apart, 3, rotary=True),
 }
@@ -221,9 +225,9 @@ def with_near_copies(amount: float) -> nn.Module:
 
 
 def test_near_copies_of_heads_go_and_what_reads_the_others_makes_up_for_them():
-    net, layers = with_near_copies(1e-4), [f"{kind}.{k}" for kind in ("up", "down") for k in range(2)]
+    net = with_near_copies(1e-4)
     x = noise(50, 9).double()
-    result = ep.compress(net, noise(2).double(), [noise(200, 1).double()], tol=2e-3, protect=layers, **QUIET)
+    result = ep.compress(net, noise(2).double(), [noise(200, 1).double()], tol=2e-3, protect=MLPS, **QUIET)
     assert [heads_left(a) for a in result.model.attention] == [(3, 3), (3, 3)]
     assert planted.relative(net(x), result.model(x)) < 5e-3
     assert planted.relative(net(x), first_three(net, result.model)(x)) > 0.1
@@ -248,10 +252,9 @@ def test_a_head_that_says_little_goes_first():
     with torch.no_grad():
         for block, head in little:
             net.attention[block].proj.weight[:, head * SIZE : (head + 1) * SIZE] *= 1e-3
-    layers = [f"{kind}.{k}" for kind in ("up", "down") for k in range(2)]
     x = noise(50, 9)
     share = 1 - 3 * 4 * SIZE * WIDTH / (2 * (4 * HEADS * SIZE * WIDTH + 2 * 32 * WIDTH) + 8 * WIDTH)
-    result = halved(net, keep_macs=share + 1e-3, protect=layers)
+    result = halved(net, keep_macs=share + 1e-3, protect=MLPS)
     assert [heads_left(a)[0] for a in result.model.attention] == [4, 5]
     assert planted.relative(net(x), result.model(x)) < 5e-3
 
@@ -265,14 +268,19 @@ def test_what_is_protected_keeps_its_heads():
     assert first == HEADS and second < HEADS
 
 
-@pytest.mark.parametrize(("form", "round_to"), [("packed", 8), ("packed", 3), ("apart", 8), ("grouped", 8)])
-def test_the_width_of_all_heads_that_stay_is_rounded(form, round_to):
-    """Heads of 4: two at a time at 8, three at 3, and in threes of two heads, which share, at 8 two threes."""
-    result = halved(made(form), keep_macs=0.7, round_to=round_to)
-    for attention in result.model.attention:
-        heads, others = heads_left(attention)
+@pytest.mark.parametrize(
+    ("form", "round_to", "share"),
+    [("packed", 8, 0.81), ("packed", 3, 0.75), ("apart", 8, 0.81), ("grouped", 8, 0.83)],
+)
+def test_the_width_of_all_heads_that_stay_is_rounded(form, round_to, share):
+    """Heads of 4, of whose channels all layers have multiples: an even number at 8, three or six at 3, though then
+    the layer of queries, keys and values would do with any; a budget that seven heads of twelve would meet."""
+    result = halved(made(form), keep_macs=share, round_to=round_to, protect=MLPS)
+    left = [heads_left(attention) for attention in result.model.attention]
+    assert any(heads < HEADS for heads, _ in left)
+    for heads, others in left:
         assert heads == HEADS or (heads * SIZE % round_to == 0 and others * SIZE % round_to == 0)
-    assert result.report.after.macs <= 0.7 * result.report.before.macs
+    assert result.report.after.macs <= share * result.report.before.macs
 
 
 def test_a_least_width_counts_the_channels_of_heads():
