@@ -22,6 +22,8 @@ from ep_prune.selection import select
 from ep_prune.slots import EqualCounts, Groups
 from ep_prune.spaces import spaces
 
+RECURRENT = "read by a recurrent layer, whose weights are not fitted"
+
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
@@ -91,7 +93,8 @@ def consumed_spaces(graph: Graph) -> tuple[ConsumedSpace, ...]:
         consumers = []
         for demand in everything.demands.values():
             if demand.port.groups == 1 and bool((number[demand.roots] >= 0).any()):
-                consumer = _consumer(demand, number[demand.roots], len(members))
+                recurrent = demand.port.name in n.gates
+                consumer = RECURRENT if recurrent else _consumer(demand, number[demand.roots], len(members))
                 if isinstance(consumer, Consumer):
                     consumers.append(consumer)
                 else:

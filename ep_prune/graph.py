@@ -21,6 +21,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Matmul     of two computed tensors: attention's scores, and the mean of the values by them
     Softmax    over an axis of positions
     Attention  both at once, with the softmax between them (scaled_dot_product_attention)
+    Recurrent  layers of LSTM, GRU or plain recurrent units, over all of their time
     Barrier    anything else: inputs stay as they are, outputs are unknown
 
 A kind never guesses: whatever a rule is not sure about is a `Barrier` with its reason.
@@ -374,6 +375,52 @@ class Attention(Operation):
     causal: bool
     scale: float
     grouped: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one recurrent unit does with its `gates` rows of W_ih x + b_ih and W_hh h + b_hh.
+
+    Its state changes sign with the row of the gate `odd`, and with no other; where `positive` (relu), that row
+    lets through any positive factor instead. `split`: this gate's two parts meet each by itself (GRU).
+    `function`: the state is f(row) and remembers nothing else; None where it does.
+    """
+
+    name: str
+    gates: int
+    odd: int
+    positive: bool = False
+    split: bool = False
+    function: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The parameters of one layer in one direction. `project`: of LSTM with projections, the state's weight."""
+
+    weight_ih: Node
+    weight_hh: Node
+    bias_ih: Node | None
+    bias_hh: Node | None
+    project: Node | None = None
+
+
+@dataclass(frozen=True)
+class Recurrent(Operation):
+    """Layers of recurrent units that start from zeros; each layer has one direction or two, side by side.
+
+    Gives the last layer's states at all times, every layer's last state, and for LSTM every layer's last cell.
+    """
+
+    x: Node
+    cell: Cell
+    layers: tuple[tuple[Direction, ...], ...]
+    batch_axis: int
+
+
+@dataclass(frozen=True)
+class Zeros(Operation):
+    """Zeros of a shape: where a recurrent layer starts from. To others they are as unknown as an input."""
 
 
 @dataclass(frozen=True)

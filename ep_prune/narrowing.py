@@ -371,6 +371,8 @@ def _width_now(narrow: nn.Module, producers: Sequence[str], otherwise: int) -> i
         if name in tensors:
             if isinstance(module, nn.modules.conv._ConvTransposeNd):
                 found.append(module.out_channels)
+            elif isinstance(module, nn.RNNBase):
+                found.append(module.proj_size if "weight_hr_" in name else module.hidden_size)
             else:
                 found.append(tensors[name].shape[int(isinstance(module, nn.Embedding))])
     return max(found, default=otherwise)

@@ -30,7 +30,7 @@ from ep_prune.numbering import number_channels
 from ep_prune.rules import kind_of
 from ep_prune.selection import Selection, close, select
 from ep_prune.slots import Blends, EqualCounts, Groups, Slots
-from ep_prune.spaces import spaces
+from ep_prune.spaces import longest_axis, spaces, units_along
 
 LARGEST = 4700
 """Inputs of one output in a patch, at most: a 3x3 convolution of 512 channels has 4,608."""
@@ -149,10 +149,14 @@ class Structure:
                 self.pinned[self.roots[self.numbering.slots.bound[axis]]] = True
         order = program.place
         needs = demands(self.numbering, self.roots)
+        self.untouched = {}
+        for name in needs.keys() & self.numbering.gates.keys():
+            recurrent = needs.pop(name)
+            self.untouched[recurrent.port.node.layer or name] = "a recurrent layer, which is not fitted"
+            self.pinned[recurrent.roots] = True
         self.readers = sorted(
             (self._reader(name, demand, order) for name, demand in needs.items()), key=lambda r: order[r.node]
         )
-        self.untouched = {}
         for reader in self.readers:
             if reader.kept_whole and not bool(self.pinned[reader.roots].all()):
                 self.untouched[reader.node.layer or reader.name] = reader.kept_whole
@@ -198,7 +202,7 @@ class Structure:
             own = torch.unique(torch.cat(axes))
             free = own[~self.pinned[own]]
             if len(free) > (0 if len(free) < len(own) else 1):
-                longest = max(axes, key=len)
+                longest = units_along(self._selection, longest_axis(self._selection, space.axes))
                 found.append(Free(space.name, free, longest, self._widths(axes, longest), self._sections(free)))
         return found
 

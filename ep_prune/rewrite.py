@@ -229,6 +229,19 @@ def _table(module: nn.Module) -> None:
     module.embedding_dim = module.weight.shape[1]
 
 
+def _recurrent(module: nn.Module) -> None:
+    assert isinstance(module, nn.RNNBase)
+    first = module._parameters["weight_ih_l0"]
+    assert first is not None
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.hidden_size, module.input_size = first.shape[0] // gates, first.shape[1]
+    if module.proj_size:
+        projection = module._parameters["weight_hr_l0"]
+        assert projection is not None
+        module.proj_size = projection.shape[0]
+    module._init_flat_weights()  # the list that it runs with holds the parameters themselves
+
+
 _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.Linear, _linear),
     (nn.modules.conv._ConvNd, _convolution),
@@ -238,4 +251,5 @@ _ATTRIBUTES: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.RMSNorm, _root_mean_square),
     (nn.PReLU, _prelu),
     (nn.Embedding, _table),
+    (nn.RNNBase, _recurrent),
 )

@@ -26,7 +26,7 @@ from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
 from ep_prune.find import MARGIN
 from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
-from ep_prune.slots import EqualCounts, Groups
+from ep_prune.slots import EqualCounts, Fewer, Groups
 
 STAYED = (
     "gone",
@@ -108,6 +108,9 @@ def close(chosen: Selection) -> None:
                 _even_groups(chosen, roots[constraint.inputs], roots[constraint.outputs])
             elif isinstance(constraint, EqualCounts):
                 _even_sections(chosen, [roots[section] for section in constraint.sections])
+            elif isinstance(constraint, Fewer):
+                least = chosen.kept[roots[constraint.few]].sum() + 1
+                _fill(chosen, roots[constraint.many].unsqueeze(0), least.reshape(1))
         close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
         if int(chosen.kept.sum()) > before:
             continue

@@ -34,6 +34,14 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Fewer:
+    """Of `few` fewer must stay than of `many`: `nn.LSTM` projects to a smaller size, or not at all."""
+
+    few: Tensor
+    many: Tensor
+
+
+@dataclass(frozen=True)
 class Standardized:
     """A layer norm reads these channels: only equal multiplicities keep what it computes.
 
@@ -91,7 +99,7 @@ class Blends:
     node: str = ""
 
 
-Constraint = EqualCounts | Groups | Standardized | Grid | Whole | Scores | Blends
+Constraint = EqualCounts | Groups | Fewer | Standardized | Grid | Whole | Scores | Blends
 
 
 @dataclass

@@ -6,7 +6,8 @@ norm, or a residual stream with all the branches that add to it. It goes by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +71,8 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
     reasons = chosen.numbering.slots.reasons(roots)
     result = []
     for head in sorted({find(k) for k in range(len(merged))}):
-        longest = max(groups[head], key=lambda axis: len(n.slots.bound[axis]))
-        own = roots[n.slots.bound[longest]]
+        longest = longest_axis(chosen, groups[head])
+        own = units_along(chosen, longest)
         kept = chosen.kept[own]
         gone = {kind: int((kinds[own[~kept]] == k).sum()) for k, kind in enumerate(KINDS)}
         stayed = {
@@ -86,7 +87,7 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
             left = left[~mask]
         stayed["rolled back or protected"] = len(left)
         producers = tuple(dict.fromkeys(name for name, _ in groups[head]))
-        first = producers[0].rpartition(".")[0] or producers[0]
+        first = _layer(producers[0])
         result.append(
             Space(
                 first,
@@ -101,18 +102,41 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
     return result
 
 
+def longest_axis(chosen: Selection, axes: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """The axis that counts as a space's width."""
+    return max(axes, key=lambda axis: len(units_along(chosen, axis)))
+
+
+def units_along(chosen: Selection, axis: tuple[str, int]) -> Tensor:
+    """The roots along an axis; of a recurrent weight's, with a row for every gate, those of its first gate."""
+    n = chosen.numbering
+    own = chosen.roots[n.slots.bound[axis]]
+    return own[: len(own) // n.gates.get(axis[0], 1)]
+
+
+def _layer(weight: str) -> str:
+    """Whose outputs a weight writes: its module's, or one layer's and direction's of a recurrent module."""
+    path, _, leaf = weight.rpartition(".")
+    part = re.fullmatch(r"weight_(ih_|hh_|hr_)(l\d+(?:_reverse)?)", leaf)
+    if part is None:
+        return path or weight
+    leaf = part[2] + (" projected" if part[1] == "hr_" else "")
+    return f"{path}.{leaf}" if path else leaf
+
+
 def _producing_axes(chosen: Selection) -> list[tuple[str, int]]:
     """The weight axes that write channels, in the order of the graph."""
     bound = chosen.numbering.slots.bound
     axes: list[tuple[str, int]] = []
-    written = {port.name: port.op.layout for port in chosen.numbering.ports}
+    looped = {id(before) for before, _ in chosen.numbering.loops}  # W_hh writes what W_ih writes
+    written = {port.name: port.op.layout for port in chosen.numbering.ports if id(port.x) not in looped}
     for name, axis in bound:
         if name in written:
             layout = written[name]
             out = -1 if layout.groups > 1 else int(layout.inputs_first)
             if axis == out:
                 axes.append((name, axis))
-        elif chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
+        elif name not in chosen.numbering.gates and chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
             axes.append((name, axis))  # an embedding table
     return axes
 

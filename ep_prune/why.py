@@ -32,7 +32,7 @@ from ep_prune.nearest import Facets, nearest_copies
 from ep_prune.numbering import number_channels
 from ep_prune.pipeline import Result, reduce
 from ep_prune.selection import STAYED, Selection, select
-from ep_prune.spaces import Space, spaces
+from ep_prune.spaces import Space, longest_axis, spaces, units_along
 from ep_prune.trace import random_state_kept, trace
 from ep_prune.trial import frozen_slots, ranges_of
 
@@ -202,11 +202,11 @@ def explain(result: Result, example_inputs: Any, layer: str) -> Why:
     home = torch.full((n.slots.count,), -1, dtype=torch.int64)
     place = torch.full((n.slots.count,), -1, dtype=torch.int64)
     for code, item in enumerate(found):  # over layers
-        axis = _longest(chosen, item)
-        own = chosen.roots[n.slots.bound[axis]]
-        home[own], place[own] = code, _originals(result.plan.rounds, axis, len(own))
-    axis = _longest(chosen, space)
-    roots = chosen.roots[n.slots.bound[axis]]
+        axis = longest_axis(chosen, item.axes)
+        own = units_along(chosen, axis)
+        count = len(n.slots.bound[axis])
+        home[own], place[own] = code, _originals(result.plan.rounds, axis, count)[: len(own)]
+    roots = units_along(chosen, longest_axis(chosen, space.axes))
     facets, needs = Facets(n), list(chosen.demands.values())
     copies = nearest_copies(facets, needs, roots)
     known = copies.other >= 0
@@ -231,10 +231,6 @@ def explain(result: Result, example_inputs: Any, layer: str) -> Why:
     )
 
 
-def _longest(chosen: Selection, space: Space) -> tuple[str, int]:
-    return max(space.axes, key=lambda axis: len(chosen.numbering.slots.bound[axis]))
-
-
 def _named(chosen: Selection, found: Sequence[Space], layer: str) -> Space:
     """The space that a layer writes, by the name of the layer or of one of its parameters."""
     n, roots = chosen.numbering, chosen.roots
@@ -243,7 +239,7 @@ def _named(chosen: Selection, found: Sequence[Space], layer: str) -> Space:
         return name == layer or name.rpartition(".")[0] == layer
 
     for space in found:
-        if any(belongs(name) for name, _ in space.axes):
+        if space.name == layer or any(belongs(name) for name, _ in space.axes):
             return space
     for (name, axis), slots in n.slots.bound.items():  # a batch norm, a bias
         if belongs(name) and n.graph.tensors[name].ndim == 1 and axis == 0:

@@ -46,7 +46,7 @@ from ep_prune.trial import as_double, difference, outputs_of, read_in_training
 from ep_prune.widen_plan import undo_round
 from ep_prune.widen_report import EmbedReport, report_on
 from ep_prune.widen_rules import Draws, Mode, Pull, Stuck, Widening, walk
-from ep_prune.widen_spaces import WideSpace, numbered, open_spaces
+from ep_prune.widen_spaces import WideSpace, closed_layers, numbered, open_spaces
 
 KINDS = ("splitting", "threefold", "null", "compatible")
 
@@ -158,7 +158,7 @@ def embed(
     if not full_output:
         return wide
     trainable = {name for name, parameter in wide.named_parameters() if parameter.requires_grad}
-    return wide, report_on(work, refused, kind, trainable)
+    return wide, report_on(work, {**closed_layers(work.kinds), **refused}, kind, trainable)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_prune.graph import Contract, Graph, Node, Normalize, Operation, Slope, Standardize
+from ep_prune.graph import Contract, Graph, Node, Normalize, Operation, Recurrent, Slope, Standardize
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rules import kind_of
 from ep_prune.slots import EqualCounts, Groups, Standardized
@@ -92,6 +92,12 @@ def open_spaces(
             label = next(label for label in labels if label not in found)
             found[label] = WideSpace(label, members, seen)
     return list(found.values())
+
+
+def closed_layers(kinds: Mapping[Node, Operation]) -> dict[str, str]:
+    """Layers that no embedding widens, with the reason: what they read and write stays as it is."""
+    recurrent = (node for node, op in kinds.items() if isinstance(op, Recurrent))
+    return {node.layer or node.name: "no rule to widen a recurrent layer" for node in recurrent}
 
 
 def _plainly_used(n: Numbering, kinds: Mapping[Node, Operation]) -> set[str]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ep_prune.trace import trace
+
 E = 12
 """Width of the stream."""
 
@@ -123,6 +125,27 @@ WAYS: dict[str, Callable[..., Tensor]] = {
         turned(q), turned(repeated(k, m.n_rep) if m.n_rep > 1 else k), repeated(v, m.n_rep) if m.n_rep > 1 else v
     ),
 }
+
+
+class Single(nn.Module):
+    """One head, by products of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(E, E) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.bmm(self.q(x), self.k(x).transpose(1, 2)).softmax(-1)
+        out: Tensor = self.o(torch.bmm(weights, self.v(x)))
+        return out
+
+
+def operators() -> frozenset[str]:
+    """All that these blocks are traced to."""
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    blocks = [block(Attention(way, size=4)) for way in WAYS.values()]
+    graphs = [trace(model, x) for model in [*blocks, block(Packed("reshape")), block(Single())]]
+    return frozenset(node.op for graph in graphs for node in graph.nodes)
 
 
 def block(attention: nn.Module, seed: int = 0) -> Block:

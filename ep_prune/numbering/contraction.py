@@ -11,6 +11,8 @@ rows that are collinear are one new atom.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -194,32 +196,48 @@ def _slots(op: Contract, n: Numbering, x: Channels, groups: int, inputs: int, ou
 
 def _dense(use: Use, sends: Net, leaders: Tensor, rows: Rows, pattern: Tensor, measured: _Measured) -> Dense:
     """(O, atoms * taps) matrix of an ungrouped weight over the atoms of its input."""
-    keep = leaders.nonzero().squeeze(1)
-    rows, taps = rows[keep], pattern.shape[1]
+    noise, fuzz = measured.noise[0], measured.fuzz[0]
+    return over_atoms(sends.values, use.keep, noise, leaders, rows, pattern, fuzz)
+
+
+def over_atoms(
+    net: Callable[[Outputs], Tensor],
+    keep: bool,
+    noise: Tensor,
+    leaders: Tensor,
+    rows: Rows,
+    pattern: Tensor,
+    fuzz: Tensor,
+) -> Dense:
+    """What classes send (n, O, taps), as rows over the atoms of their leaders; kept, or made when asked for.
+
+    noise (O,): its squared error. pattern (O, taps): what the constants send, and its squared error `fuzz`.
+    """
+    lead = leaders.nonzero().squeeze(1)
+    rows, taps = rows[lead], pattern.shape[1]
     atoms, column = torch.unique(rows.atoms[rows.coef != 0], return_inverse=True)
     place = torch.zeros_like(rows.atoms)
     place[rows.coef != 0] = column
     keys = mix(atoms.unsqueeze(1), torch.arange(taps)).reshape(-1)
-    square = measured.noise[0]
     patterned = bool((pattern != 0).any())
     if patterned:
         keys = torch.cat([keys, mix(ONE, torch.arange(taps))])
-        square = square + measured.fuzz[0].sum(1)
+        noise = noise + fuzz.sum(1)
 
     def matrix(outputs: Outputs) -> Tensor:
-        net = sends.values(outputs)[keep]
-        count = net.shape[1]
-        if rows.atoms.shape[1] == 1 and len(atoms) == len(keep):
+        sent = net(outputs)[lead]
+        count = sent.shape[1]
+        if rows.atoms.shape[1] == 1 and len(atoms) == len(lead):
             values = torch.empty(len(atoms), count, taps, dtype=torch.float64)
-            values[place[:, 0]] = net * rows.coef[:, :1, None]
+            values[place[:, 0]] = sent * rows.coef[:, :1, None]
         else:
             values = torch.zeros(len(atoms), count, taps, dtype=torch.float64)
             for entry in range(rows.atoms.shape[1]):  # over branches of a stream, not over channels
-                values.index_add_(0, place[:, entry], net * rows.coef[:, entry, None, None])
-        made = values.transpose(0, 1).reshape(count, -1)
+                values.index_add_(0, place[:, entry], sent * rows.coef[:, entry, None, None])
+        made = values.transpose(0, 1).flatten(1)
         return torch.cat([made, pattern[outputs]], 1) if patterned else made
 
-    return Dense(matrix(ALL) if use.keep else matrix, keys, square.sqrt())
+    return Dense(matrix(ALL) if keep else matrix, keys, noise.sqrt())
 
 
 def _sparse(

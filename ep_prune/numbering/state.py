@@ -134,6 +134,10 @@ class Numbering:
     tape: list[Channels] = field(default_factory=list)
     ports: list[Port] = field(default_factory=list)
     sinks: list[tuple[Channels, str]] = field(default_factory=list)
+    loops: list[tuple[Channels, Channels]] = field(default_factory=list)
+    """A recurrent layer's states as it reads them, and as it writes them: row i is row i, one step earlier."""
+    gates: dict[str, int] = field(default_factory=dict)
+    """Recurrent weights -> how many rows of theirs belong to one unit: output g * n + i is gate g of unit i."""
     barriers: dict[str, str] = field(default_factory=dict)
     pinned_tensors: dict[str, str] = field(default_factory=dict)
     sums_to_one: set[int] = field(default_factory=set)
@@ -248,37 +252,51 @@ class Numbering:
         """Equal directions among the rows of `x`, never across runs of `group` positions; and the constants."""
         key = (id(x), group)
         if key not in self._classes:
-            n = len(x.rows)
-            constant = x.rows.is_constant()
-            leader = torch.arange(n)
-            scale = torch.ones(n, dtype=torch.float64)
-            residual = torch.zeros(n, dtype=torch.float64)
-            some = (~constant).nonzero().squeeze(1)
-            if len(some):
-                apart = some // group if group < n else None
-                found = congruence(Sparse(x.rows[some], False), Freedom.SCALE, self.tolerance, apart)
-                leader[some], scale[some], residual[some] = some[found.leader], found.scale, found.residual
-            self._classes[key] = Classes(leader, scale, residual), constant
+            self._classes[key] = equal_directions(x.rows, group, self.tolerance)
         return self._classes[key]
 
     # ---- liveness -----------------------------------------------------------------------------------
 
     def liveness(self) -> dict[int, Tensor]:
-        """id of a Channels -> (n,) whether a row matters to an output: backwards along edges and ports."""
+        """id of a Channels -> (n,) whether a row matters to an output: backwards along edges and ports.
+
+        Where states are read one step later, again until nothing changes.
+        """
         live = {id(value): torch.zeros(len(value.rows), dtype=torch.bool) for value in self.tape}
         for value, _ in self.sinks:
             live[id(value)][:] = True
         ports: dict[int, list[Port]] = {}
         for port in self.ports:
             ports.setdefault(id(port.out), []).append(port)
-        for value in reversed(self.tape):
-            mine = live[id(value)] & ~value.rows.is_constant()
-            for edge in value.edges:
-                live[id(edge.source)][edge.into[mine[edge.out]]] = True
-            for port in ports.get(id(value), []):
-                read = port.live_classes(mine, self.tolerance)
-                live[id(port.x)] |= read[port.classes.leader] & ~port.constant
-        return live
+        while True:
+            for value in reversed(self.tape):
+                mine = live[id(value)] & ~value.rows.is_constant()
+                for edge in value.edges:
+                    live[id(edge.source)][edge.into[mine[edge.out]]] = True
+                for port in ports.get(id(value), []):
+                    read = port.live_classes(mine, self.tolerance)
+                    live[id(port.x)] |= read[port.classes.leader] & ~port.constant
+            grown = False
+            for read_next, written in self.loops:
+                grown |= bool((live[id(read_next)] & ~live[id(written)]).any())
+                live[id(written)] |= live[id(read_next)]
+            if not grown:
+                return live
+
+
+def equal_directions(rows: Rows, group: int, tolerance: float) -> tuple[Classes, Tensor]:
+    """Classes of equal directions, never across runs of `group` rows; and (n,) which rows are constants."""
+    n = len(rows)
+    constant = rows.is_constant()
+    leader = torch.arange(n)
+    scale = torch.ones(n, dtype=torch.float64)
+    residual = torch.zeros(n, dtype=torch.float64)
+    some = (~constant).nonzero().squeeze(1)
+    if len(some):
+        apart = some // group if group < n else None
+        found = congruence(Sparse(rows[some], False), Freedom.SCALE, tolerance, apart)
+        leader[some], scale[some], residual[some] = some[found.leader], found.scale, found.residual
+    return Classes(leader, scale, residual), constant
 
 
 def _join(parts: list[Dense | Sparse]) -> Dense | Sparse:

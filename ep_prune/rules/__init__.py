@@ -9,12 +9,22 @@ A rule that is not sure returns a `Barrier` with its reason. `kind_of` is the on
 from __future__ import annotations
 
 from ep_prune.graph import Barrier, Graph, Node, Operation
-from ep_prune.rules import activation, arithmetic, attention, contraction, movement, normalization, passing, space
+from ep_prune.rules import (
+    activation,
+    arithmetic,
+    attention,
+    contraction,
+    movement,
+    normalization,
+    passing,
+    recurrent,
+    space,
+)
 from ep_prune.rules.registry import REGISTRY, operators
 
 __all__ = ["REGISTRY", "kind_of", "operators"]
 
-_FAMILIES = (activation, arithmetic, attention, contraction, movement, normalization, passing, space)
+_FAMILIES = (activation, arithmetic, attention, contraction, movement, normalization, passing, recurrent, space)
 
 
 def kind_of(node: Node, graph: Graph) -> Operation:

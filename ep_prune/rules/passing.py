@@ -3,7 +3,7 @@ that are made of numbers in the user's code."""
 
 from __future__ import annotations
 
-from ep_prune.graph import Barrier, Create, Item, Node, Operation, Pass
+from ep_prune.graph import Barrier, Create, Item, Node, Operation, Pass, Zeros
 from ep_prune.rules.registry import Tensors, arguments, rule
 
 
@@ -29,4 +29,6 @@ def item(node: Node, tensors: Tensors) -> Operation:
 
 @rule("aten.arange", "aten.arange.start", "aten.arange.start_step", "aten.full", "aten.zeros", "aten.ones")
 def created(node: Node, tensors: Tensors) -> Operation:
+    if node.sized and node.op == "aten.zeros":
+        return Zeros()
     return Barrier("its size follows the batch") if node.sized else Create()
