@@ -37,11 +37,15 @@ def closed(
     layer: the other side is wider too, and is not counted twice.
     """
     found: dict[str, list[str]] = {}
+    left: set[str] = set()
     for name, reason in left_alone.items():
-        found.setdefault(f"embed gave it up: {short(reason)}", []).append(name)
+        layers = [space.name for space in base.report.spaces if space.name.startswith(f"{name}.l")]
+        own = [name] if name in {space.name for space in base.report.spaces} else layers  # a recurrent module's
+        found.setdefault(f"embed gave it up: {short(reason)}", []).extend(own)
+        left |= set(own)
     structure = Structure(base.model, example)
     for space in base.report.spaces:
-        if space.name in opened or space.name in left_alone or set(space.stayed) == {OUTPUT}:
+        if space.name in opened or space.name in left or set(space.stayed) == {OUTPUT}:
             continue
         if structure.width(wide, space.producers[0]) > structure.width(base.model, space.producers[0]):
             continue

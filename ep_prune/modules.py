@@ -102,7 +102,11 @@ def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
     """What a mask adds to the scores."""
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask
+    )
 
 
 def fixed_attentions(model: nn.Module) -> list[str]:

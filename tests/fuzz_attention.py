@@ -1,6 +1,6 @@
 """Seeded random attention blocks with planted heads and ranks of a known minimum, which `reduce` must reach.
 
-    python tests/fuzz_attention.py --seeds 300 --start 0
+python tests/fuzz_attention.py --seeds 300 --start 0
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ class Case:
         size, value = (self.size, self.value) if self.core == "rotary" else self.ranks
         if self.size == self.value:  # one number in the code stands for both
             size = value = max(size, value)
-        return {"q": heads * size, "k": groups * size, "v": groups * value, "o": heads * value, "up": 6 - self.units}
+        return {
+            "q": heads * size,
+            "k": groups * size,
+            "v": groups * value,
+            "o": heads * value,
+            "up": 6 - self.units,
+        }
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ from ep_prune.bounds.backward import RELU, Rows, are_rows_apart, lower_bounds
 from ep_prune.bounds.interval import Bounds, Found, bounds_of
 from ep_prune.errors import EpPruneError
 from ep_prune.evaluate import evaluate
-from ep_prune.graph import Graph, Node, Operation, Pointwise
+from ep_prune.graph import Graph, Node, Operation, Pointwise, Recurrent
 from ep_prune.rules import kind_of
 from ep_prune.trace import as_arguments, trace
 
@@ -69,7 +69,9 @@ class _Prover:
         self.budget, self.own, self.spent = budget, graph, 0
         largest = max((_sample(node) for node in graph.nodes if node.tensor is None), default=1)
         self.count = int(min(max(budget.elements // max(largest, 1), 16), 4096))
-        rowwise = _at(model, graph, example, self.count)
+        # A recurrent layer is traced step by step, and has no bounds anyway.
+        recurrent = any(isinstance(op, Recurrent) for op in _kinds(graph).values())
+        rowwise = None if recurrent else _at(model, graph, example, self.count)
         self.graph = rowwise or graph
         self.kinds = _kinds(self.graph)
         self.rowwise = rowwise is not None and are_rows_apart(self.graph, self.kinds, self.count)
