@@ -102,9 +102,7 @@ class Attention(nn.Module):
             seen = None if hidden is None else ~hidden[:, None, None, :]
             told = {"scale": self.scale} if self.core == "fused, scale" else {}
             causal = self.core == "fused, causal"
-            out = F.scaled_dot_product_attention(
-                q, k, v, seen, is_causal=causal, enable_gqa=self.shared, **told
-            )
+            out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=self.shared, **told)
             return self.o(out.transpose(1, 2).flatten(2))
         if self.shared:
             k, v = (repeated(part, self.n_rep) for part in (k, v))

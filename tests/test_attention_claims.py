@@ -38,7 +38,9 @@ def test_a_table_of_masks_that_hides_a_query_keeps_constant_values(kind: torch.d
     """Query 7 is beyond the example's length: all of the table is looked at."""
     attention = Attention(masked)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    attention.register_buffer("mask", mask if kind == torch.bool else torch.zeros(9, 9).masked_fill(~mask, -torch.inf))
+    attention.register_buffer(
+        "mask", mask if kind == torch.bool else torch.zeros(9, 9).masked_fill(~mask, -torch.inf)
+    )
     seen = block(attention)
     for head in range(4):
         rows(attention.v, head, 3)[0][1] = 0
@@ -177,7 +179,13 @@ def test_head_attention_hides_what_multihead_attention_hides(batch_first: bool, 
     all_hidden[1], last[:, -1] = True, True
     whole = last.clone()
     whole[0] = True
-    masks = (None, later, all_hidden, torch.randn(length, length).double(), later.expand(4 * batch, length, length))
+    masks = (
+        None,
+        later,
+        all_hidden,
+        torch.randn(length, length).double(),
+        later.expand(4 * batch, length, length),
+    )
     paddings = (None, last, whole, torch.randn(batch, length).double())
     for mask, padding, average, grad in itertools.product(masks, paddings, (True, False), (True, False)):
         told = {"attn_mask": mask, "key_padding_mask": padding, "need_weights": need_weights,
