@@ -2,16 +2,18 @@
 
     python -m benchmarks.recurrent [--only NAME,NAME] [--out bench-out/]
 
-Random networks (a table of tokens, LSTM, GRU or plain recurrent layers of 32 units, a linear head) are widened to
-64 (`recurrent_networks.py`): 20 copies with random shares of every weight that reads them, flipped in sign or
-scaled where the cell allows it, 8 units that nobody reads, 4 that are zero for ever. The widening is exact, so the
-narrow widths are known. `reduce` gets the wide network and one batch of tokens. torch-pruning gets the same, and
-is told how many units there are to take off (`pruning_ratio`), with head and table left out, by magnitude (L2) as
-its README does; it does not promise to keep the output, and where it takes nothing off, or stops, that is said.
+Random networks (a table of tokens, LSTM, GRU or plain recurrent layers of 32 units, a linear head) are widened
+to 64 (`recurrent_networks.py`): 20 copies with random shares of every weight that reads them, flipped in sign or
+scaled where the cell allows it, 8 units that nobody reads, 4 that are zero for ever. The widening is exact, so
+the narrow widths are known. `reduce` gets the wide network and one batch of tokens. torch-pruning gets the same,
+and is told how many units there are to take off (`pruning_ratio`), with head and table left out, by magnitude
+(L2) as its README does; it does not promise to keep the output, and where it takes nothing off, or stops, that
+is said.
 
 Differences are relative to the largest output, on fresh tokens of another length and batch, in the stored type.
-Rows go to `recurrent.jsonl` in `--out`, where an interrupted run goes on; `recurrent.md` is the table. Exit code 1
-where ours does not come back to the narrow widths, or differs by more than 1e-10 (float64) or 1e-5 (float32).
+Rows go to `recurrent.jsonl` in `--out`, an interrupted run goes on from there; `recurrent.md` is the table. Exit
+code 1 where ours does not come back to the narrow widths, or differs by more than 1e-10 (float64) or 1e-5
+(float32).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     h_wide = T h        T: a row of one entry for a copy, of zeros for a null unit
 
-A copy has its original's rows in every gate, times its factor in the one that its state is odd in. Whatever reads
-the states, W_hh first, gets random columns C with C T = W: each of its rows shares a weight out to the copies in
-its own way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is zero, and so is
-their column), or they are zero for ever (their odd row is nothing, and anybody may read them).
+A copy has its original's rows in every gate, times its factor in the one that its state is odd in. Whatever
+reads the states, W_hh first, gets random columns C with C T = W: each of its rows shares a weight out to the
+copies in its own way. Null units come in two kinds: nobody reads them, whatever they do and read (T's row is
+zero, and so is their column), or they are zero for ever (their odd row is nothing, and anybody may read them).
 """
 
 from __future__ import annotations

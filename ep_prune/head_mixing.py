@@ -118,7 +118,7 @@ def _ends_in(start: Node, graph: Graph, users: Mapping[Node, list[Node]], ends: 
             if isinstance(kind, Attention | Matmul) and reader.name in ends:
                 reached = True
             elif isinstance(kind, Move | Pass | Split | Item) or (
-                isinstance(kind, Product) and any(isinstance(side, float) for side in (kind.x, kind.y))
+                isinstance(kind, Product) and isinstance(kind.y, float | int)
             ):
                 waiting.append(reader)
             else:

@@ -24,8 +24,39 @@ EVEN = "kept for equal parts"
 
 
 def close_heads(constraints: Sequence[Constraint], roots: Tensor, kept: Tensor, keep: Keep) -> None:
-    """One pass over all constraints of attention; `kept` (by root) grows through `keep`."""
-    widths: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    """Close a selection under all constraints of attention; `kept` (by root) grows through `keep`.
+
+    First what the heads need, until they need no more; only then is filled up what must be equally many, which
+    may take any channel.
+    """
+    while True:
+        before = int(kept.sum())
+        heads = _needed(constraints, roots, kept, keep)
+        if int(kept.sum()) > before:
+            continue
+        for _, _, other, score, active in heads:
+            _even_shares(score, other, active, kept, keep)
+        if int(kept.sum()) > before:
+            continue
+        widths: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for first, one, _, _, active in heads:
+            widths.setdefault((first, one.shape[1]), []).append((one, active))
+        for sides in widths.values():
+            _even_heads(sides, kept, keep)
+        if int(kept.sum()) > before:
+            continue
+        for constraint in constraints:
+            if isinstance(constraint, Grid):
+                _even_grid(roots[constraint.slots], kept, keep)
+        if int(kept.sum()) == before:
+            return
+
+
+def _needed(
+    constraints: Sequence[Constraint], roots: Tensor, kept: Tensor, keep: Keep
+) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """Keep what the heads that stay are made of; of every attention (first score, one, other, scores, active)."""
+    heads = []
     for constraint in constraints:
         if isinstance(constraint, Scores):
             score, one, other = roots[constraint.score], roots[constraint.query], roots[constraint.key]
@@ -33,20 +64,14 @@ def close_heads(constraints: Sequence[Constraint], roots: Tensor, kept: Tensor, 
         elif isinstance(constraint, Blends):
             score, one, other = roots[constraint.score], roots[constraint.out], roots[constraint.value]
             active = _pair(score, one, other, torch.zeros_like(one, dtype=torch.bool), kept, keep)
-        elif isinstance(constraint, Grid):
-            _even_grid(roots[constraint.slots], kept, keep)
-            continue
         elif isinstance(constraint, Whole):
             parts = roots[constraint.slots]
             keep(parts[kept[parts].any(1)].reshape(-1), NEEDED)
             continue
         else:
             continue
-        _even_shares(score, other, active, kept, keep)
-        widths.setdefault(int(score[0]), []).append((one, active))
-    for sides in widths.values():
-        for size in {one.shape[1] for one, _ in sides}:
-            _even_heads([side for side in sides if side[0].shape[1] == size], kept, keep)
+        heads.append((int(score[0]), one, other, score, active))
+    return heads
 
 
 def _pair(score: Tensor, one: Tensor, other: Tensor, needed: Tensor, kept: Tensor, keep: Keep) -> Tensor:

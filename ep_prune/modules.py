@@ -32,12 +32,14 @@ class HeadAttention(nn.Module):
         apart = original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
         weights = tuple(part.detach() for part in (apart if joined is None else joined.chunk(3)))
         biases = (None,) * 3 if bias is None else bias.detach().chunk(3)
-        trained = original.out_proj.weight.requires_grad
+        parts = (joined,) * 3 if joined is not None else apart
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(weight, bias, trained) for weight, bias in zip(weights, biases, strict=True)
+            _linear(weight, bias, part.requires_grad)
+            for weight, bias, part in zip(weights, biases, parts, strict=True)
         )
         out = original.out_proj
-        self.out_proj = _linear(out.weight.detach(), None if out.bias is None else out.bias.detach(), trained)
+        kept = None if out.bias is None else out.bias.detach()
+        self.out_proj = _linear(out.weight.detach(), kept, out.weight.requires_grad)
         self.train(original.training)
 
     def forward(
@@ -61,20 +63,27 @@ class HeadAttention(nn.Module):
             layer(part).reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2)
             for layer, part in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        scores = (q * self.scale) @ k.transpose(-2, -1)
-        if attn_mask is not None:
-            if attn_mask.ndim == 3:
-                attn_mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:])
-            scores = _masked(scores, attn_mask)
+        mask = None if attn_mask is None else _added(attn_mask, q)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.reshape(-1, self.num_heads, *mask.shape[1:])
         if key_padding_mask is not None:
-            scores = _masked(scores, key_padding_mask[:, None, None, :])
-        weights = nn.functional.dropout(scores.softmax(-1), self.dropout, self.training)
-        out = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+            padding = _added(key_padding_mask, q)[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        weights = None
+        if need_weights:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            scores = scores if mask is None else scores + mask
+            weights = nn.functional.dropout(scores.softmax(-1), self.dropout, self.training)
+            seen = weights @ v
+        else:  # zeros where all is hidden, as there
+            dropped = self.dropout if self.training else 0.0
+            seen = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropped, scale=self.scale)
+        out = self.out_proj(seen.transpose(1, 2).flatten(2))
         if single:
             out = out.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
-        if not need_weights:
+        if weights is None:
             return out, None
         shown = weights.mean(1) if average_attn_weights else weights
         return out, shown.squeeze(0) if single else shown
@@ -91,27 +100,43 @@ def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     return layer
 
 
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """What a mask adds to the scores."""
+    return (
+        torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask
+    )
 
 
 def fixed_attentions(model: nn.Module) -> list[str]:
-    """The names of all `nn.MultiheadAttention`."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    """The names of all `nn.MultiheadAttention`, every name of one that has several."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if isinstance(module, nn.MultiheadAttention)]
 
 
 def replace_(model: nn.Module) -> list[str]:
-    """Exchange every `nn.MultiheadAttention` that has no keys of its own; notes on what was exchanged, and not."""
+    """Exchange every `nn.MultiheadAttention` that has no keys of its own; notes on what was exchanged, and not.
+
+    A subclass may compute something else, and a hook would be lost: such modules are kept.
+    """
     notes = []
+    made: dict[int, HeadAttention] = {}
     for name in fixed_attentions(model):
         original = model.get_submodule(name)
         assert isinstance(original, nn.MultiheadAttention)
         if original.bias_k is not None or original.add_zero_attn:
             notes.append(f"{name} kept: nn.MultiheadAttention with keys of its own (add_bias_kv, add_zero_attn)")
             continue
+        if type(original) is not nn.MultiheadAttention:
+            notes.append(f"{name} kept: {type(original).__name__} may compute something else")
+            continue
+        if original._forward_hooks or original._forward_pre_hooks:
+            notes.append(f"{name} kept: an nn.MultiheadAttention with forward hooks")
+            continue
         if not name:
             notes.append("the model itself is an nn.MultiheadAttention, which is kept: wrap it in a module")
             continue
-        model.set_submodule(name, HeadAttention(original))
+        model.set_submodule(name, made.setdefault(id(original), HeadAttention(original)))
         notes.append(f"{name} exchanged: nn.MultiheadAttention for ep_prune.modules.HeadAttention")
     return notes

@@ -102,6 +102,7 @@ def close(chosen: Selection) -> None:
     """Grow the selection until every constraint holds: equal counts, groups, at least one channel."""
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
+        close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
         before = int(chosen.kept.sum())
         for constraint in slots.constraints:
             if isinstance(constraint, Groups):
@@ -111,7 +112,6 @@ def close(chosen: Selection) -> None:
             elif isinstance(constraint, Fewer):
                 least = chosen.kept[roots[constraint.few]].sum() + 1
                 _fill(chosen, roots[constraint.many].unsqueeze(0), least.reshape(1))
-        close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
         if int(chosen.kept.sum()) > before:
             continue
         for bound in slots.bound.values():  # last: a head that stays brings its channels along

@@ -113,8 +113,13 @@ def _check_tensors(model: nn.Module) -> None:
             raise InputError(f"{name!r} has no data (meta device): load the weights first")
         if tensor.numel() == 0 and isinstance(tensor, nn.Parameter):
             raise InputError(f"{name!r} has zero width, shape {tuple(tensor.shape)}: remove this layer")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool((torch.isfinite(tensor) | _hides(tensor)).all()):
             raise InputError(f"{name!r} has NaN or infinite values: repair or reload this layer's weights")
+
+
+def _hides(tensor: Tensor) -> Tensor | bool:
+    """Where a tensor is minus infinity as a stored mask is."""
+    return not isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and tensor == -torch.inf
 
 
 def _bake(model: nn.Module) -> list[str]:

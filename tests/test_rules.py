@@ -970,7 +970,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("chunk", "unsafe_chunk", "unsafe_split.Tensor", "tensor_split.sections"), "aten.split.Tensor"
     ),
-    **dict.fromkeys(("unflatten.int", "_unsafe_view", "view_copy", "permute_copy"), "aten.view"),
+    **dict.fromkeys(("unflatten.int", "view_copy", "permute_copy"), "aten.view"),
     "aten._native_batch_norm_legit_no_training": "aten.batch_norm",
     "aten.native_layer_norm": "aten.layer_norm",
     "aten.native_group_norm": "aten.group_norm",
@@ -1057,6 +1057,13 @@ def test_operator(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_every_registered_operator_has_a_row() -> None:
     found = operators().union(*(reduced(part)[2] for part in set(PARTS.values())))
+    for layer in (
+        nn.LSTM(4, 3),
+        nn.GRU(4, 3),
+        nn.RNN(4, 3),
+        nn.RNN(4, 3, nonlinearity="relu"),
+    ):  # test_recurrent.py
+        found |= {node.op for node in trace(layer.eval(), torch.randn(5, 2, 4)).nodes}
     assert set(REGISTRY) - found == set(ELSEWHERE)
     for name, other in ELSEWHERE.items():
         assert other in found and REGISTRY[name] is REGISTRY[other]

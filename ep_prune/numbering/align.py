@@ -165,6 +165,7 @@ def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...])
     count = math.prod(sizes[a] for a in axes)
     values = spread.permute(*axes, *rest).reshape(count, -1)
     slots = _known_slots(n, value, spread, tensor.shape, axes, rest, count)
+    values = torch.cat([values, _rest_of_table(n, value, spread, tensor.shape, axes, rest, count)], 1)
     if computed and axes:
         n.slots.pin(slots, "meets a tensor of fixed size that the code computes")
     error = torch.zeros(count, dtype=torch.float64)
@@ -183,6 +184,33 @@ def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...])
     fixed = torch.zeros(count, dtype=torch.float64)
     mean = rows.offset if bool(rows.is_constant().all()) else fixed / 0
     return n.record(Channels(shape, labels, rows, slots, (), mean, fixed))
+
+
+def _rest_of_table(
+    n: Numbering,
+    value: Known,
+    spread: Tensor,
+    shape: torch.Size,
+    axes: tuple[int, ...],
+    rest: list[int],
+    count: int,
+) -> Tensor:
+    """(count, m) what a table that is cut along positions holds for each channel in all of its places: at other
+    lengths other ones are read."""
+    if value.name is None or value.index is None or value.index.numel() == n.graph.tensors[value.name].numel():
+        return torch.empty(count, 0, dtype=torch.float64)
+    parameter = n.graph.tensors[value.name].detach().to("cpu", torch.float64)
+    places = value.index.reshape(shape).expand(spread.shape).permute(*axes, *rest).reshape(count, -1)
+    whole, stride, cut = places[:, :1], 1, False
+    for axis in reversed(range(parameter.ndim)):
+        size = parameter.shape[axis]
+        at = places // stride % size
+        if not bool((at == at[:, :1]).all()) and bool((at == at[:1]).all()):
+            along = torch.arange(size) * stride
+            whole = (whole.unsqueeze(2) - at[:, :1, None] * stride + along).reshape(count, -1)
+            cut = cut or len(torch.unique(at)) < size
+        stride *= size
+    return parameter.reshape(-1)[whole] if cut else torch.empty(count, 0, dtype=torch.float64)
 
 
 def _known_slots(
@@ -279,7 +307,7 @@ HUGE = 1e30
 
 def _mask(n: Numbering, value: Known, node: Node) -> Unknown:
     n.sink(value, f"a mask in {node.where}")
-    code = number(f"mask {value.value.double().tolist()}")
+    code = number(f"mask {value.name} {value.value.double().tolist()}")
     return Unknown(code, tuple(value.value.shape), f"a mask in {node.where}")
 
 

@@ -38,6 +38,8 @@ def _matmul(op: Matmul, node: Node, n: Numbering) -> Value:
     if not (isinstance(x, Channels) and isinstance(y, Channels)):
         raise Refused("a product with unknown channels")
     if op.transposed:
+        if not {len(y.shape) - 2, len(y.shape) - 1} & {*y.axes()}:
+            raise Refused("a product with a transposed matrix of positions")
         y = _swapped(y)
     rows, columns = len(x.shape) - 2, len(y.shape) - 2
     along = [axis in side.axes() for side, axis in ((x, rows), (x, rows + 1), (y, columns), (y, columns + 1))]
@@ -64,16 +66,26 @@ def _softmax(op: Softmax, node: Node, n: Numbering) -> Value:
     if op.axis in x.axes():
         raise Refused("softmax over the channels themselves")
     safe = node.op == "aten._safe_softmax"  # zeros where all is hidden
-    return _normalized(n, x, f"softmax over axis {op.axis - len(x.shape)}", sums_to_one=not safe)
+    over_last = op.axis == len(x.shape) - 1
+    return _normalized(n, x, f"softmax over axis {op.axis - len(x.shape)}", sums_to_one=over_last and not safe)
 
 
 def _sees_something(n: Numbering, mask: Node) -> bool:
-    """Whether a mask is known to leave every query a key: where none is left, the fused operator gives zeros."""
+    """Whether a mask is known to leave every query a key: where none is left, the fused operator gives zeros.
+
+    For other lengths than the example's, every query must see its own place, in all of a table that is cut.
+    """
     value = n.values[mask]
     if not isinstance(value, Known):
         return False
-    seen = value.value if value.value.dtype == torch.bool else value.value > -torch.inf
-    return bool(seen.any(-1).all())
+    tables = [value.value] if value.name is None else [value.value, n.graph.tensors[value.name]]
+    for table in tables:
+        seen = table > (0 if mask.dtype == torch.bool else -torch.inf)
+        if not bool(seen.any(-1).all()):
+            return False
+        if seen.ndim > 1 and seen.shape[-2] > 1 and not bool(seen.diagonal(dim1=-2, dim2=-1).all()):
+            return False
+    return True
 
 
 def _normalized(n: Numbering, x: Channels, signature: str, sums_to_one: bool = True) -> Channels:
@@ -129,7 +141,7 @@ def _repeated(x: Channels, heads: int) -> Channels:
 
 def _masked(n: Numbering, node: Node, scores: Channels, mask: Node) -> Channels:
     x, y, labels, slots, edges = align(n, [scores, n.values[mask]], node)
-    added = y.rows.mapped(number("true where seen")) if mask.dtype == torch.bool else y.rows
+    added = y.rows.mapped(number("true where seen"), keeps_constants=False) if mask.dtype == torch.bool else y.rows
     return n.record(Channels(node.shape or (), labels, x.rows.plus(added), slots, edges))
 
 
@@ -163,7 +175,8 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: b
     rows = replace(key.rows, offset=torch.zeros_like(key.rows.offset)) if cancels else key.rows
     k_atom, k_scale = _factors(n, rows)  # without its offset a constant key is 0
     coef = q_scale[q] * k_scale[k]
-    atoms = mix(number("inner product"), q_atom[q], k_atom[k])
+    signature = f"inner product at {_position_shape(query)} and {_position_shape(key)}"
+    atoms = mix(number(signature), q_atom[q], k_atom[k])
     length = (query.rows.norm().clamp_min(1e-300), rows.norm().clamp_min(1e-300))
     off = query.rows.error[q] / length[0][q] + key.rows.error[k] / length[1][k]
     error = (coef * off).square().sum(1).sqrt()
@@ -190,7 +203,7 @@ def _softmax_over_keys(n: Numbering, node: Node) -> bool:
             kind = kind_of(reader, n.graph)
             if isinstance(kind, Softmax) and kind.axis == len(reader.shape or ()) - 1:
                 continue
-            scaled = isinstance(kind, Product) and any(isinstance(side, float | int) for side in (kind.x, kind.y))
+            scaled = isinstance(kind, Product) and isinstance(kind.y, float | int)
             if scaled or isinstance(kind, Sum | Pass) or (isinstance(kind, Choice) and _hides(n, kind, at)):
                 waiting.append(reader)
             else:
@@ -221,7 +234,8 @@ def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Chan
     atom, scale = _factors(n, weights.rows)
     head, own = w.expand(heads, size).reshape(-1), v.reshape(-1)
     keeps = id(weights) in n.sums_to_one
-    signature = mix(number("mean by"), atom[head])
+    shapes = f"{_position_shape(weights)} and {_position_shape(value)}"
+    signature = mix(number(f"mean by, at {shapes}"), atom[head])
     rows = value.rows[own].mapped(signature, keeps_constants=keeps)
     if not keeps:
         rows = rows.scaled(scale[head])
