@@ -16,11 +16,6 @@ from tests.attention import WAYS, Attention, Packed, block, rows
 X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def apart(wide: nn.Module, narrow: nn.Module, length: int) -> float:
     x = torch.randn(3, length, 5, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import copy
 import re
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from torch import Tensor, nn
 import ep_prune as ep
 from ep_prune import pipeline, trial
 from tests.planted import inputs, plant_layer_, randomize_, relative
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(roles: str = "a b a k.5") -> nn.Sequential:

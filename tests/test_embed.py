@@ -21,11 +21,6 @@ SEEDS = int(os.environ.get("EP_PRUNE_EMBEDDINGS", "14"))
 ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Softplus)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def difference(a: nn.Module, b: nn.Module, inputs: torch.Tensor) -> float:
     with torch.no_grad():
         wanted = b(inputs)

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,6 @@ from benchmarks.families_networks import Family, families, normal
 from benchmarks.families_table import failures, summary
 
 TINY = "tuple output"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(folder: Path, *options: str) -> tuple[int, dict[str, Any], str]:

@@ -17,11 +17,6 @@ SEEDS = int(os.environ.get("EP_PRUNE_FUZZ", "200"))
 CHUNK = 20
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("start", range(0, SEEDS, CHUNK))
 def test_programs_come_back_to_their_widths_with_equal_outputs(start: int) -> None:
     failed = {seed: check(generate(seed)) for seed in range(start, min(start + CHUNK, SEEDS))}

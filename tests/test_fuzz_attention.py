@@ -15,11 +15,6 @@ from tests.fuzz_attention import CORES, LAYOUTS, build, check, generate
 SEEDS = int(os.environ.get("EP_PRUNE_FUZZ_ATTENTION", "12"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_the_planted_minimum_is_reached(seed: int) -> None:
     assert not check(generate(seed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from ep_prune.effective_width import effective_width
 from ep_prune.errors import InputError
 from ep_prune.monitor import MEASURED, EffectiveWidthMonitor
 from tests.planted import inputs, plant_layer_, randomize_
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mlp(roles: str = "a b a 2a c") -> Any:

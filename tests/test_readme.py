@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # recipes/ is no part of the installed package
@@ -15,14 +14,6 @@ from ep_prune.cli import parser  # noqa: E402
 from recipes import readme_table  # noqa: E402
 
 TEXT = readme_table.README.read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_table_of_operators_is_current():

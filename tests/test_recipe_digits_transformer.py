@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,14 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # recipes/ is no p
 from ep_prune.cost import cost
 from recipes import digits_transformer as recipe
 from recipes import small_transformer as small
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(seed: int = 0) -> small.DigitsTransformer:

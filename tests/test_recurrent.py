@@ -41,14 +41,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def shapes(module):
     return {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
 

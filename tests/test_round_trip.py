@@ -21,11 +21,6 @@ KINDS_SEEDS = int(os.environ.get("EP_PRUNE_ROUND_TRIPS_OF_ALL_KINDS", "28"))
 ALL_KINDS = [(kind, critical) for critical in (True, False) for kind in KINDS]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -15,14 +15,6 @@ from ep_prune.verification import Verification, verify
 QUICK = {"count": 4, "ascent_steps": 0, "reach": False}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

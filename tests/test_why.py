@@ -15,11 +15,6 @@ from ep_prune.cli import main
 NEAR = 1e-6
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @torch.no_grad()
 def plant_near_(weight: Tensor, bias: Tensor, source: int, copy: int, ratio: float, residual: float) -> None:
     """Row `copy` = ratio * (row `source` + residual * a vector of its length, at right angles to it)."""
