@@ -52,15 +52,12 @@ class _Writer:
 
 def head_mixtures(graph: Graph, frozen: Collection[Axis]) -> list[HeadMixture]:
     """Every attention whose heads can be folded to a lower rank."""
+    if not any(isinstance(kind_of(node, graph), Attention | Matmul) for node in graph.nodes if node.target):
+        return []
     n = number_channels(graph)
     scores = [c for c in n.slots.constraints if isinstance(c, Scores)]
-    if not scores:
-        return []
     roots = n.slots.roots()
-    pinned = n.slots.pinned(roots)
-    for axis in frozen:
-        if axis in n.slots.bound:
-            pinned[roots[n.slots.bound[axis]]] = True
+    pinned = n.slots.pinned(roots, kept=frozen)
     needs = demands(n, roots)
     blends = [c for c in n.slots.constraints if isinstance(c, Blends)]
     users = graph.users()
@@ -164,9 +161,8 @@ def _thin(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, int]:
     return l_a, l_b, rank
 
 
-def _mix(n: Numbering, writer: _Writer, rows: Tensor, mixing: Tensor) -> Mix:
+def _mix(writer: _Writer, bias: Tensor, rows: Tensor, mixing: Tensor) -> Mix:
     op = writer.demand.port.op
-    _, bias = _weight_of(n, writer)
     named = None if op.bias is None else str(op.bias.tensor)
     return Mix(str(op.weight.tensor), op.layout, rows, mixing, mixing @ bias[rows], named)
 
@@ -192,8 +188,8 @@ def _fold_scores(
     if most >= q.shape[1]:
         return
     for heads, l_q, l_k, _ in found:
-        mixes += [_mix(n, q_writer, q[head], l_q) for head in heads.tolist()]
-        mixes.append(_mix(n, k_writer, k[heads[0]], l_k))
+        mixes += [_mix(q_writer, b_q, q[head], l_q) for head in heads.tolist()]
+        mixes.append(_mix(k_writer, b_k, k[heads[0]], l_k))
     for writer, rows in (query, key):
         axis = str(writer.demand.port.op.weight.tensor), writer.axis
         left[axis] = torch.cat([left.get(axis, torch.empty(0, dtype=torch.int64)), rows[:, most:].reshape(-1)])
@@ -251,7 +247,7 @@ def _fold_values(
     offset = torch.zeros(width, dtype=torch.float64)
     for heads, l_o, l_v, _ in found:
         rows = v[heads[0]]
-        mixes.append(_mix(n, writer, rows, l_v))
+        mixes.append(_mix(writer, b_v, rows, l_v))
         for head in heads.tolist():  # o h = o (l_o' l_v) h: the heads' outputs through the new values
             back[at[head].unsqueeze(1), at[head]] = l_o.T
             offset[at[head]] = b_v[rows] - l_o.T @ (l_v @ b_v[rows])

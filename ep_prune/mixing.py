@@ -73,10 +73,7 @@ def mixtures(
     """
     n = number_channels(graph, ranges=ranges)
     roots = n.slots.roots()
-    pinned = n.slots.pinned(roots)
-    for axis in frozen:
-        if axis in n.slots.bound:
-            pinned[roots[n.slots.bound[axis]]] = True
+    pinned = n.slots.pinned(roots, kept=frozen)
     needs = demands(n, roots)
     for node in reversed(graph.nodes):
         place = _place(node, n, needs)

@@ -19,7 +19,7 @@ from ep_prune.cost import cost
 from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
-from ep_prune.head_mixing import head_mixtures
+from ep_prune.head_mixing import HeadMixture, head_mixtures
 from ep_prune.mixing import mixtures
 from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
@@ -292,22 +292,22 @@ def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> 
     """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
     found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
     records.folded |= {mixture.layer for mixture in found}
-    everything = Round(
-        folds=tuple(fold for mixture in found for fold in mixture.step.folds),
-        mixes=tuple(mix for mixture in found for mix in mixture.step.mixes),
-    )
-    together = attempt_round(state, everything, example_inputs) if found else ""
-    taken = False
-    for mixture in found if isinstance(together, str) else found[:1]:
-        outcome = together if not isinstance(together, str) else attempt_round(state, mixture.step, example_inputs)
+
+    def take(mixtures: Sequence[HeadMixture]) -> bool:
+        step = Round(
+            folds=tuple(fold for mixture in mixtures for fold in mixture.step.folds),
+            mixes=tuple(mix for mixture in mixtures for mix in mixture.step.mixes),
+        )
+        outcome = attempt_round(state, step, example_inputs) if step else ""
         if isinstance(outcome, str):
-            continue
+            return False
         state.model, state.graph, step = outcome
         state.rounds.append(step)
-        taken = True
-        for done in [mixture] if isinstance(together, str) else found:
-            records.left |= done.left
-    return taken
+        for mixture in mixtures:
+            records.left |= mixture.left
+        return True
+
+    return take(found) or (len(found) > 1 and any([take([mixture]) for mixture in found]))
 
 
 def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:

@@ -28,6 +28,7 @@ from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Fewer, Groups
 
+STUCK = "a constant that no bias can take: zero padding follows, or there is no bias"
 STAYED = (
     "gone",
     "pinned",
@@ -37,7 +38,7 @@ STAYED = (
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
     NEEDED,
-    "a constant that no bias can take: zero padding follows, or there is no bias",
+    STUCK,
 )
 
 
@@ -95,7 +96,7 @@ def _hit_classes(chosen: Selection, demand: Demand) -> None:
     missing = demand.live & ~hit & some
     constant = demand.port.x.rows.is_constant()
     chosen.keep(demand.roots[demand.prefer[missing & ~constant]], "distinct and read")
-    chosen.keep(demand.roots[demand.prefer[missing & constant]], STAYED[-1])
+    chosen.keep(demand.roots[demand.prefer[missing & constant]], STUCK)
 
 
 def close(chosen: Selection) -> None:

@@ -8,7 +8,7 @@ pinned, with the reason. Unions are recorded and resolved once, vectorized.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -190,12 +190,17 @@ class Slots:
                 return root
             root = proposed
 
-    def pinned(self, roots: Tensor, apart_from: Collection[str] = ()) -> Tensor:
-        """(count,) bool by root; pins for the reasons `apart_from` do not count."""
+    def pinned(
+        self, roots: Tensor, apart_from: Collection[str] = (), kept: Iterable[tuple[str, int]] = ()
+    ) -> Tensor:
+        """(count,) bool by root; pins for the reasons `apart_from` do not count, all of the axes `kept` does."""
         mask = torch.zeros(self.count, dtype=torch.bool)
         for slots, reason in self._pins:
             if reason not in apart_from:
                 mask[roots[slots]] = True
+        for axis in kept:
+            if axis in self.bound:
+                mask[roots[self.bound[axis]]] = True
         return mask
 
     def reasons(self, roots: Tensor) -> dict[str, Tensor]:

@@ -161,8 +161,6 @@ def frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:
 def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph, Round] | str:
     """The narrow model, its graph and the round as it was taken, or why not: it does not run, differs, or exports
     to something else."""
-    if step.heads:
-        step = with_scales(state, step, example_inputs)
     narrow = copy_of(state.model, state.shares)
     apply_round_(narrow, step)
     try:
@@ -170,6 +168,10 @@ def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Mo
     except InputError as error:
         cause = error.__cause__ or error
         return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
+    if change > state.limit and step.heads and not step.scales:
+        scaled = with_scales(state, narrow, step, example_inputs)
+        if scaled.scales:
+            return attempt_round(state, scaled, example_inputs)
     if change > state.limit:
         return f"the output would change by {change:.1e} (relative, float64)"
     try:
@@ -188,13 +190,11 @@ def _calls(graph: Graph) -> list[Node]:
 _LAYOUT = ("aten.clone", "aten.contiguous", "aten.view", "aten._unsafe_view", "aten.reshape")
 
 
-def with_scales(state: State, step: Round, example_inputs: Any) -> Round:
+def with_scales(state: State, narrow: nn.Module, step: Round, example_inputs: Any) -> Round:
     """The round, with queries that make up for scales which the code takes from the size of a head.
 
     Only the narrow model's own trace tells them: numbers that are not what they were, in attention's layer.
     """
-    narrow = copy_of(state.model, state.shares)
-    apply_round_(narrow, step)
     try:
         graph = trace(narrow, example_inputs)
     except EpPruneError:

@@ -29,7 +29,7 @@ A point is critical for the loss as a function of the trainable parameters, in e
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -42,7 +42,7 @@ from ep_prune.numbering import Numbering
 from ep_prune.plan import Plan, with_modes_of
 from ep_prune.rewrite import resize_
 from ep_prune.trace import prepare, random_state_kept, trace
-from ep_prune.trial import as_double, difference, outputs_of, read_in_training
+from ep_prune.trial import as_double, difference, largest_good, outputs_of, read_in_training
 from ep_prune.widen_plan import undo_round
 from ep_prune.widen_report import EmbedReport, report_on
 from ep_prune.widen_rules import Draws, Mode, Pull, Stuck, Widening, walk
@@ -188,14 +188,14 @@ def _tried(narrow: nn.Module, example_inputs: Any, job: _Job) -> tuple[nn.Module
         why = _wrong(narrow, _written(narrow, alone), example_inputs)
         if why:
             guilty[pull.name] = why
-    good: list[str] = []
-    for pull in work.pulls if not guilty else []:  # each alone is right: take as many together as are
-        both, _ = _attempts(narrow, job, frozenset({*good, pull.name}))
-        why = _wrong(narrow, _written(narrow, both), example_inputs)
-        if why:
-            guilty[pull.name] = f"not together with {', '.join(good)}: {why}"
-        else:
-            good.append(pull.name)
+    if not guilty:  # each alone is right: take as many together as are
+
+        def right(names: Sequence[str]) -> bool:
+            together, _ = _attempts(narrow, job, frozenset(names))
+            return not _wrong(narrow, _written(narrow, together), example_inputs)
+
+        good, bad = largest_good([pull.name for pull in work.pulls], right)
+        guilty = dict.fromkeys(bad, f"not together with {', '.join(good)}: {reason}")
     work, refused = _attempts(narrow, job, frozenset(job.order.widths) - guilty.keys())
     wide = _written(narrow, work)
     reason = _wrong(narrow, wide, example_inputs)

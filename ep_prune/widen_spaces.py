@@ -48,12 +48,9 @@ def open_spaces(
     """Sets of channels that run along the same parameter axes, and may all be widened; axes in `kept` may not."""
     roots = n.slots.roots()
     standardized = [c for c in n.slots.constraints if isinstance(c, Standardized)]
-    fixed = n.slots.pinned(roots, apart_from={constraint.reason for constraint in standardized})
+    fixed = n.slots.pinned(roots, {constraint.reason for constraint in standardized}, kept)
     whole = torch.zeros_like(fixed)
     plain = _plainly_used(n, kinds)
-    for place in kept:
-        if place in n.slots.bound:
-            fixed[roots[n.slots.bound[place]]] = True
     code = torch.zeros(n.slots.count, dtype=torch.int64)
     draw = torch.Generator().manual_seed(0)
     for (name, _), slots in n.slots.bound.items():

@@ -73,13 +73,13 @@ def _softmax(op: Softmax, node: Node, n: Numbering) -> Value:
 def _sees_something(n: Numbering, mask: Node) -> bool:
     """Whether a mask is known to leave every query a key: where none is left, the fused operator gives zeros.
 
-    For other lengths than the example's, every query must see its own place, in all of a table that is cut.
+    For other lengths than the example's, every query must see its own place, in all of a table that is cut. What
+    is computed of a table (`table[:n, :n] == 1`) may do otherwise there, and is not known.
     """
     value = n.values[mask]
-    if not isinstance(value, Known):
+    if not isinstance(value, Known) or value.name is None:
         return False
-    tables = [value.value] if value.name is None else [value.value, n.graph.tensors[value.name]]
-    for table in tables:
+    for table in (value.value, n.graph.tensors[value.name]):
         seen = table > (0 if mask.dtype == torch.bool else -torch.inf)
         if not bool(seen.any(-1).all()):
             return False
@@ -145,19 +145,14 @@ def _masked(n: Numbering, node: Node, scores: Channels, mask: Node) -> Channels:
     return n.record(Channels(node.shape or (), labels, x.rows.plus(added), slots, edges))
 
 
-def _heads(x: Channels, y: Channels) -> tuple[Tensor, Tensor, int]:
-    """Labels of two operands by head, (H, size) each, where the other may have one for all; and the rank that
-    the heads' axes have."""
+def _heads(x: Channels, y: Channels) -> tuple[Tensor, Tensor, list[int]]:
+    """Labels of two operands by head, (H, size) each, where the other may have one for all; and the axes that the
+    heads lie on."""
     rank = max(x.labels.ndim, y.labels.ndim)
     sides = [side.labels.reshape((1,) * (rank - side.labels.ndim) + side.labels.shape) for side in (x, y)]
     lead = torch.broadcast_shapes(*(side.shape[:-2] for side in sides))  # type: ignore[no-untyped-call]
     a, b = (side.expand(*lead, *side.shape[-2:]).flatten(0, -3).squeeze(1) for side in sides)
-    return a, b, rank
-
-
-def _lead(node: Node, x: Channels, y: Channels, rank: int) -> list[int]:
-    shapes = [(1,) * (rank - side.labels.ndim) + tuple(side.labels.shape) for side in (x, y)]
-    return list(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))  # type: ignore[no-untyped-call]
+    return a, b, list(lead)
 
 
 def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: bool) -> Channels:
@@ -167,7 +162,7 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: b
     """
     if min(len(query.shape), len(key.shape)) < 3:
         raise Refused("scores of a single sample, without a batch")
-    q, k, rank = _heads(query, key)
+    q, k, lead = _heads(query, key)
     if q.ndim != 2 or q.shape != k.shape:
         raise Refused("queries and keys whose channels do not match")
     heads, size = q.shape
@@ -186,7 +181,7 @@ def _scores(n: Numbering, node: Node, query: Channels, key: Channels, cancels: b
     head = torch.arange(heads).unsqueeze(1).expand(heads, size)[needed]
     slots = n.slots.fresh(heads)
     n.slots.constraints.append(Scores(slots, query.slots[q], key.slots[k], needed, cancels, node.layer, node.name))
-    labels = torch.arange(heads).reshape([*_lead(node, query, key, rank), 1, 1])
+    labels = torch.arange(heads).reshape([*lead, 1, 1])
     edges = (Edge(_taped(n, query), head, q[needed]), Edge(_taped(n, key), head, k[needed]))
     return n.record(Channels(node.shape or (), labels, made, slots, edges))
 
@@ -225,7 +220,7 @@ def _taped(n: Numbering, x: Channels) -> Channels:
 
 def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Channels:
     """The mean of `value` over positions by `weights`, head by head."""
-    w, v, rank = _heads(weights, value)
+    w, v, lead = _heads(weights, value)
     w = w.reshape(len(w), -1)
     heads, size = v.reshape(len(v), -1).shape
     v = v.reshape(heads, size)
@@ -245,6 +240,6 @@ def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Chan
         Blends(weights.slots[w[:, 0]], value.slots[v], slots.reshape(heads, size), keeps, node.name)
     )
     out = torch.arange(heads * size)
-    labels = out.reshape([*_lead(node, weights, value, rank), 1, size])
+    labels = out.reshape([*lead, 1, size])
     edges = (Edge(_taped(n, value), out, own), Edge(_taped(n, weights), out, head))
     return n.record(Channels(node.shape or (), labels, rows, slots, edges))
