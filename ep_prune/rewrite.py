@@ -75,8 +75,10 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         module = model.get_submodule(path)
         trained = module.get_parameter("weight").requires_grad
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
+    modules = dict(model.named_modules(remove_duplicate=False)) if step.heads else {}
     for heads in step.heads:
-        count_heads_(model.get_submodule(heads.layer), heads)
+        if heads.layer in modules:  # a trace may name what is no module: then its code counts by itself, or not at all
+            count_heads_(modules[heads.layer], heads)
 
 
 def mixed(mix: Mix, weight: Tensor) -> Tensor:
