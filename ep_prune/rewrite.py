@@ -77,7 +77,7 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
     modules = dict(model.named_modules(remove_duplicate=False)) if step.heads else {}
     for heads in step.heads:
-        if heads.layer in modules:  # a trace may name what is no module: then its code counts by itself, or not at all
+        if heads.layer in modules:  # a trace may name what is no module, and has no counts
             count_heads_(modules[heads.layer], heads)
 
 
