@@ -136,8 +136,10 @@ def _producing_axes(chosen: Selection) -> list[tuple[str, int]]:
             out = -1 if layout.groups > 1 else int(layout.inputs_first)
             if axis == out:
                 axes.append((name, axis))
-        elif name not in chosen.numbering.gates and chosen.numbering.graph.tensors[name].ndim == 2 and axis == 1:
-            axes.append((name, axis))  # an embedding table
+        elif axis == 1 and name not in chosen.numbering.gates and name not in chosen.numbering.pinned_tensors:
+            table = chosen.numbering.graph.tensors[name]
+            if table.ndim == 2 and table.is_floating_point():  # an embedding table: no mask, no list of places
+                axes.append((name, axis))
     return axes
 
 

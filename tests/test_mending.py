@@ -200,3 +200,28 @@ def test_a_constant_that_no_bias_can_take_is_named_so() -> None:
         "distinct and read": 3,
         "a constant that no bias can take: zero padding follows, or there is no bias": 1,
     }
+
+
+class Distances(nn.Module):
+    """A bias by distance whose bucket is computed of places alone, as in T5: chosen, negated, cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lin, self.head = nn.Embedding(9, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = torch.arange(5) - 2
+        near = torch.where(far > 0, far, -far)
+        bucket = near.masked_fill(near > 1, 7)
+        return self.head(torch.relu(self.lin(x) + self.table(bucket)))
+
+
+def test_choices_and_signs_of_known_tensors() -> None:
+    model = Distances()
+    randomize_(model)
+    with torch.no_grad():
+        model.head.weight[:, 4] = 0
+    x = torch.randn(2, 5, 3, dtype=F64)
+    result = ep.reduce(model, x)
+    assert relative(model(x), result.model(x)) < 1e-12
+    assert result.model.lin.out_features == 5
