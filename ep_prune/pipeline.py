@@ -107,7 +107,7 @@ def reduce(
     Raises:
         InputError: the model or the inputs cannot be used; the sentence names the layer and what to do.
         TraceError: the model cannot be exported.
-        VerificationError: the narrow model differs, and no space could be found whose rollback mends it.
+        VerificationError: the narrow model differs from the given one.
     """
     if not (tol >= 0.0 and tol < 1.0):
         raise InputError(f"tol={tol} is not in [0, 1): it is a relative change of the output")

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ep_prune.bounds import Bounds, prove
 from ep_prune.embedding import Round, Scale
-from ep_prune.errors import EpPruneError, InputError, VerificationError
+from ep_prune.errors import EpPruneError, InputError
 from ep_prune.graph import Attention, Graph, Node, Product
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.rewrite import apply_round_
@@ -241,7 +241,7 @@ def roll_back(
         step = to_round(trial)
         outcome = attempt_round(state, step, example_inputs) if step else None
         if isinstance(outcome, str):
-            reasons[free[-1].name] = outcome
+            reasons[free[-1].name if free else ""] = outcome
             return None
         return trial, step
 
@@ -250,12 +250,12 @@ def roll_back(
         for axis in space.axes:
             state.frozen[axis] = f"rolled back: {reasons[space.name]}"
     final = attempt(good) if good else attempt([])
-    if final is None:
-        raise VerificationError(
-            f"the narrow model differs and no single space is at fault; first of them {changed[0].name!r}: "
-            "protect it, and please report this model"
-        )
-    return final
+    if final is not None:
+        return final
+    # What is folded without narrowing anything spoils it: nothing of this round can be taken.
+    reason = f"rolled back, as all of its round: {reasons['' if not good else good[-1].name]}"
+    state.frozen |= {axis: reason for axis in numbering.slots.bound if axis not in state.frozen}
+    return select(numbering, frozen_slots(numbering, state.frozen)), Round()
 
 
 def largest_good(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> tuple[list[T], list[T]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ep_prune as ep
+from ep_prune import pipeline, trial
 from tests.planted import randomize_, relative
 
 F64 = torch.float64
@@ -225,3 +226,20 @@ def test_choices_and_signs_of_known_tensors() -> None:
     result = ep.reduce(model, x)
     assert relative(model(x), result.model(x)) < 1e-12
     assert result.model.lin.out_features == 5
+
+
+def test_a_round_that_no_rollback_mends_is_given_up_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is tried differs: nothing is taken, nothing is raised, and every space says why."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 2))
+    randomize_(model)
+    with torch.no_grad():  # copies whose weights cancel, and their constants: folded even where all channels stay
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
+        model[2].weight[:, 1] = -model[2].weight[:, 0]
+    x = torch.randn(5, 3, dtype=F64)
+    assert ep.reduce(model, x).model[0].out_features == 3
+    for module in (pipeline, trial):
+        monkeypatch.setattr(module, "attempt_round", lambda *_: "the output would change by 1.0e+00")
+    result = ep.reduce(model, x)
+    assert not result.plan.rounds
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), result.model.parameters(), strict=True))
+    assert "rolled back" in str(result.report)
