@@ -25,8 +25,8 @@ meet it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,13 +35,24 @@ from ep_prune.bounds.interval import Bounds, Found, contracted
 from ep_prune.demand import Demand, demands
 from ep_prune.embedding import ChannelEmbedding, Fold, Mix, Round
 from ep_prune.find import MARGIN
-from ep_prune.graph import Contract, Graph, Move, Node, Operation, Pass, Pointwise, Stencil
+from ep_prune.graph import Contract, Graph, Node, Pointwise
+from ep_prune.linear_places import Place, dependent, gain_and_shift, place_of
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.numbering.straight import straight_parts
 from ep_prune.rules import kind_of
 
 ROOM = 2.0**-10
 """How far above zero the new units are kept, relative to how far they range."""
+
+NEARLY = 1e5
+"""Up to how many times the rounding allowed a lower rank counts as near."""
+
+NEAR = "near a linear mixture of others, but not to rounding"
+SEEN = "linear in others as far as it is read, but no other channels could take its bias or its moments"
+THROUGH = "linear in others, but no fold goes through "
+
+Near = dict[tuple[str, int], tuple[int, str]]
+"""(weight, axis) -> how many channels a lower rank would do without, and why they stay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +66,36 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """A producer, what stands behind it, and who reads that. `act` is None where there is no activation."""
+class _Case:
+    """s channels of a place. rows (s,): which; spots: where each consumer reads them, (s, q); wide (s, inputs),
+    bias (s,): what they compute, batch norm included; reach (inputs,): how large the inputs get; weight: the
+    producer's, canonical; stored: its type."""
 
-    node: Node
-    op: Contract
-    act: Node | None
-    consumers: tuple[Demand, ...]
+    place: Place
+    rows: Tensor
+    spots: list[Tensor]
+    weight: Tensor
+    wide: Tensor
+    bias: Tensor
+    reach: Tensor
+    stored: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """A rank, and what is lost there. left: (r, outputs) what mixes the outputs; or, where r channels are chosen,
+    (s, r) every channel by these, in the order of `order` (s,), which has the chosen ones first."""
+
+    rank: int
+    lost: float
+    left: Tensor
+    order: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def mixtures(
     graph: Graph, ranges: Mapping[Node, tuple[Tensor, Tensor]], frozen: Mapping[tuple[str, int], str]
-) -> Mixture | None:
-    """The last place of the graph where channels can be folded to a lower rank, or None.
+) -> tuple[Mixture | None, Near]:
+    """The last place of the graph where channels can be folded to a lower rank, or None; and what nearly can.
 
     ranges: bounds of the nodes on the declared domain (empty: none is declared). frozen: axes that stay.
     """
@@ -75,64 +103,29 @@ def mixtures(
     roots = n.slots.roots()
     pinned = n.slots.pinned(roots, kept=frozen)
     needs = demands(n, roots)
+    near: Near = {}
     for node in reversed(graph.nodes):
-        place = _place(node, n, needs)
+        place = place_of(node, n, needs)
         if place is not None:
-            found = _fold(place, n, ranges, roots, pinned)
+            found = _fold(place, n, ranges, roots, pinned, near)
             if found is not None:
-                return found
-    return None
-
-
-def _place(node: Node, n: Numbering, needs: Mapping[str, Demand]) -> _Place | None:
-    """A weight's use whose outputs go, bent at most by one ReLU, to weights and nowhere else."""
-    if node.target is None or node.tensor is not None:
-        return None
-    op = kind_of(node, n.graph)
-    if not isinstance(op, Contract) or op.layout.groups != 1 or op.weight.tensor not in needs:
-        return None
-    producer = needs[str(op.weight.tensor)]
-    if len(producer.ports) > 1 or not producer.foldable:
-        return None
-    users, act = n.graph.users(), None
-    consumers: dict[str, Demand] = {}
-    waiting, seen = [node], {node}
-    outputs = set(n.graph.outputs)
-    while waiting:
-        at = waiting.pop()
-        if at in outputs or not users[at]:
-            return None
-        for reader in users[at]:
-            kind: Operation = kind_of(reader, n.graph)
-            if isinstance(kind, Contract):
-                name = str(kind.weight.tensor)
-                if kind.x is not at or kind.layout.groups != 1 or name not in needs or len(needs[name].ports) > 1:
-                    return None
-                consumers[name] = needs[name]
-            elif isinstance(kind, Pointwise) and reader.op == "aten.relu" and act is None and len(seen) == 1:
-                if len(users[at]) > 1:
-                    return None
-                act = reader
-                waiting.append(reader)
-            elif isinstance(kind, Pass | Move) or (isinstance(kind, Stencil) and kind.keeps_constants):
-                if reader not in seen:
-                    seen.add(reader)
-                    waiting.append(reader)
-            else:
-                return None
-    good = consumers and all(demand.foldable for demand in consumers.values())
-    return _Place(node, op, act, tuple(consumers.values())) if good else None
+                return found, near
+        elif (left := dependent(node, graph)) is not None:
+            op = kind_of(node, graph)
+            assert isinstance(op, Contract)
+            near[str(op.weight.tensor), int(op.layout.inputs_first)] = left[0], THROUGH + left[1]
+    return None, near
 
 
 def _fold(
-    place: _Place,
+    place: Place,
     n: Numbering,
     ranges: Mapping[Node, tuple[Tensor, Tensor]],
     roots: Tensor,
     pinned: Tensor,
+    near: Near,
 ) -> Mixture | None:
-    layout, name = place.op.layout, str(place.op.weight.tensor)
-    axis = int(layout.inputs_first)
+    name, axis = str(place.op.weight.tensor), int(place.op.layout.inputs_first)
     own = roots[n.slots.bound[(name, axis)]]
     free = ~pinned[own]
     if place.act is not None:
@@ -146,59 +139,120 @@ def _fold(
     rows = free.nonzero().squeeze(1)
     if len(rows) < 2 or len(torch.unique(own)) < len(own):
         return None
-    weight = layout.canonical(n.tensor(place.op.weight))[0]
-    wide = weight[rows].flatten(1)
-    bias = torch.zeros(len(weight), dtype=torch.float64) if place.op.bias is None else n.tensor(place.op.bias)
     room = _room(place, n)
-    if room is None and (place.act is not None or place.op.bias is not None):
-        return None
+    by_choice = place.norm is not None or (room is None and place.op.bias is not None)
     spots = [_spots(demand, own, rows) for demand in place.consumers]
-    if any(spot is None for spot in spots):
+    if (room is None and place.act is not None) or any(spot is None for spot in spots):
         return None
-    reach = _reach(place, ranges, weight)
-    terms = (wide.abs() * reach).sum(1) + bias[rows].abs()
-    read, size = _read(place, [spot for spot in spots if spot is not None], ranges, terms)
-    eps = max(n.eps(d.port.op.weight) for d in place.consumers)
-    stored = n.graph.tensors[name].dtype
+    case = _case(place, n, ranges, rows, [spot for spot in spots if spot is not None])
+    read, size = _read(case, ranges)
+    rounding = MARGIN * max(n.eps(d.port.op.weight) for d in place.consumers)
     for augmented in (False, True):  # with the bias as one more input no constant is left to meet the padding
-        inner = torch.cat([wide * reach, bias[rows].unsqueeze(1)], 1) if augmented else wide * reach
-        found = _rank(read, inner, size, MARGIN * eps)
-        if found is None:
+        inner = (
+            torch.cat([case.wide * case.reach, case.bias.unsqueeze(1)], 1) if augmented else case.wide * case.reach
+        )
+        product = read @ inner / size.unsqueeze(1)
+        ranked = _choice(inner, read, size) if by_choice else _rank(product, len(rows), rounding)
+        if ranked is None or ranked.rank >= len(rows):
+            if by_choice and (seen := _rank(product, len(rows), rounding)) is not None and seen.rank < len(rows):
+                near[name, axis] = len(rows) - seen.rank, SEEN
             return None
-        mixing, rank = found
-        new = (mixing @ wide).to(stored).double()
-        offset = torch.zeros(rank, dtype=torch.float64)
-        if place.act is not None:
-            shift = _shift(place, n, ranges, weight, rows[:rank], new)
-            offset = shift.to(stored).double()
-        elif augmented:
-            offset = (mixing @ bias[rows]).to(stored).double()
-        made = torch.cat([new * reach, offset.unsqueeze(1)], 1) if augmented else new * reach
-        back = inner @ torch.linalg.pinv(made)
-        if not bool(back.isfinite().all()):
+        if ranked.lost > rounding:
+            near[name, axis] = len(rows) - ranked.rank, NEAR
             return None
-        if place.act is None and not augmented and place.op.bias is not None:
-            offset = _balanced(place, spots, back, bias[rows]).to(stored).double()
-        t = torch.zeros(len(rows), dtype=torch.float64) if augmented else bias[rows] - back @ offset
-        folds = _consumer_folds(place, spots, back, t)
-        if folds is not None:
-            keeps = place.op.bias is not None or place.act is not None
-            mix = Mix(name, layout, rows, mixing, offset, *(room or (None, None)) if keeps else (None, None))
-            return Mixture(Round(folds, (), (mix,)), name, axis, rows[rank:])
-        if place.act is not None or place.op.bias is None:
+        if by_choice:
+            found = _chosen(case, inner, ranked, augmented)
+        else:
+            mixing = ranked.left @ (read / size.unsqueeze(1))
+            found = _mixed(case, n, ranges, inner, mixing, augmented, room)
+        if found is not None:
+            return found
+        if place.act is not None or not bool(case.bias.any()):
             return None
     return None
 
 
-def _balanced(place: _Place, spots: Sequence[Tensor | None], back: Tensor, bias: Tensor) -> Tensor:
+def _case(
+    place: Place,
+    n: Numbering,
+    ranges: Mapping[Node, tuple[Tensor, Tensor]],
+    rows: Tensor,
+    spots: list[Tensor],
+) -> _Case:
+    weight = place.op.layout.canonical(n.tensor(place.op.weight))[0]
+    bias = torch.zeros(len(weight), dtype=torch.float64) if place.op.bias is None else n.tensor(place.op.bias)
+    wide = weight.flatten(1)
+    if place.norm is not None:
+        gain, shift = gain_and_shift(place.norm, n)
+        wide, bias = wide * gain.unsqueeze(1), bias * gain + shift
+    stored = n.graph.tensors[str(place.op.weight.tensor)].dtype
+    return _Case(place, rows, spots, weight, wide[rows], bias[rows], _reach(place, ranges, weight), stored)
+
+
+def _mixed(
+    case: _Case,
+    n: Numbering,
+    ranges: Mapping[Node, tuple[Tensor, Tensor]],
+    inner: Tensor,
+    mixing: Tensor,
+    augmented: bool,
+    room: tuple[str | None, str | None] | None,
+) -> Mixture | None:
+    """The channels through `mixing` (r, s) of themselves."""
+    place, rows, rank = case.place, case.rows, len(mixing)
+    biased = place.op.bias is not None
+    if room is None and biased:
+        return None
+    new = (mixing @ case.wide).to(case.stored).double()
+    offset = torch.zeros(rank, dtype=torch.float64)
+    if place.act is not None:
+        offset = _shift(place, n, ranges, case.weight, rows[:rank], new).to(case.stored).double()
+    elif augmented:
+        offset = (mixing @ case.bias).to(case.stored).double()
+    made = torch.cat([new * case.reach, offset.unsqueeze(1)], 1) if augmented else new * case.reach
+    back = inner @ torch.linalg.pinv(made)
+    if not bool(back.isfinite().all()):
+        return None
+    if place.act is None and not augmented and biased:
+        offset = _balanced(case, back).to(case.stored).double()
+    t = torch.zeros(len(rows), dtype=torch.float64) if augmented else case.bias - back @ offset
+    folds = _consumer_folds(case, back, t)
+    if folds is None:
+        return None
+    target = room if room is not None and (biased or place.act is not None) else (None, None)
+    name, layout = str(place.op.weight.tensor), place.op.layout
+    mix = Mix(name, layout, rows, mixing, offset, *target)
+    return Mixture(Round(folds, (), (mix,)), name, int(layout.inputs_first), rows[rank:])
+
+
+def _chosen(case: _Case, inner: Tensor, ranked: _Ranked, augmented: bool) -> Mixture | None:
+    """The channels through r of themselves, which stay what they are: batch norm knows the moments of these."""
+    order, back = ranked.order, ranked.left
+    case = replace(
+        case,
+        rows=case.rows[order],
+        wide=case.wide[order],
+        bias=case.bias[order],
+        spots=[spot[order] for spot in case.spots],
+    )
+    t = case.bias - back @ case.bias[: ranked.rank]
+    t = torch.zeros_like(t) if augmented else torch.where(torch.arange(len(t)) < ranked.rank, 0.0, t)
+    folds = _consumer_folds(case, back, t)
+    name, layout = str(case.place.op.weight.tensor), case.place.op.layout
+    if folds is None:
+        return None
+    return Mixture(Round(folds, ()), name, int(layout.inputs_first), case.rows[ranked.rank :])
+
+
+def _balanced(case: _Case, back: Tensor) -> Tensor:
     """(r,) biases of the mixtures with which t = bias - back c cancels wherever no bias of a consumer can take it:
     least squares, exact or of no use."""
     columns, targets = [], []
-    for demand, spot in zip(place.consumers, spots, strict=True):
+    for demand, spot in zip(case.place.consumers, case.spots, strict=True):
         edge = ~torch.tensor(demand.port.op.layout.interior) | (not demand.takes_constants)
         sent = demand.port.weight[spot][..., edge].sum(1).flatten(1)  # (s, outputs * taps)
         columns.append((back.T @ sent).T)
-        targets.append(bias @ sent)
+        targets.append(case.bias @ sent)
     matrix, target = torch.cat(columns), torch.cat(targets).unsqueeze(1)
     if not len(matrix):
         return torch.zeros(back.shape[1], dtype=torch.float64)
@@ -206,12 +260,9 @@ def _balanced(place: _Place, spots: Sequence[Tensor | None], back: Tensor, bias:
     return found
 
 
-def _consumer_folds(
-    place: _Place, spots: Sequence[Tensor | None], back: Tensor, t: Tensor
-) -> tuple[Fold, ...] | None:
+def _consumer_folds(case: _Case, back: Tensor, t: Tensor) -> tuple[Fold, ...] | None:
     folds = []
-    for demand, spot in zip(place.consumers, spots, strict=True):
-        assert spot is not None
+    for demand, spot in zip(case.place.consumers, case.spots, strict=True):
         fold = _consumer_fold(demand, spot, back, t)
         if fold is None:
             return None
@@ -219,14 +270,12 @@ def _consumer_folds(
     return tuple(folds)
 
 
-def _read(
-    place: _Place, spots: Sequence[Tensor], ranges: Mapping[Node, tuple[Tensor, Tensor]], terms: Tensor
-) -> tuple[Tensor, Tensor]:
+def _read(case: _Case, ranges: Mapping[Node, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(outputs, s) what the consumers make of each channel, at every spot and tap, and (outputs,) the size of the
-    terms that each of these may be off by a rounding of. terms (s,): how large the channels are by their
-    weights."""
+    terms that each of these may be off by a rounding of."""
+    terms = (case.wide.abs() * case.reach).sum(1) + case.bias.abs()  # how large the channels are by their weights
     parts, sizes = [], []
-    for demand, spot in zip(place.consumers, spots, strict=True):
+    for demand, spot in zip(case.place.consumers, case.spots, strict=True):
         port = demand.port
         columns = port.weight[spot].permute(1, 2, 3, 0)  # (q, O, taps, s)
         parts.append(columns.flatten(0, 2))
@@ -239,10 +288,12 @@ def _read(
         total = (port.weight.abs().sum(2) * large.unsqueeze(1)).sum(0)
         spread = total.reshape(1, -1, 1) / (columns.shape[0] * columns.shape[2])
         sizes.append(spread.expand(columns.shape[:3]).reshape(-1))
-    return torch.cat(parts), torch.cat(sizes)
+    read, size = torch.cat(parts), torch.cat(sizes)
+    some = size > 0
+    return read[some], size[some]
 
 
-def _room(place: _Place, n: Numbering) -> tuple[str | None, str | None] | None:
+def _room(place: Place, n: Numbering) -> tuple[str | None, str | None] | None:
     """Where the new units' biases go: the layer's bias, a new one, or nowhere (None)."""
     if place.op.bias is not None:
         name = str(place.op.bias.tensor)
@@ -265,7 +316,7 @@ def _spots(demand: Demand, own: Tensor, rows: Tensor) -> Tensor | None:
     return None if bool((counts != counts[0]).any()) or not len(order) else order.reshape(len(rows), -1)
 
 
-def _reach(place: _Place, ranges: Mapping[Node, tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+def _reach(place: Place, ranges: Mapping[Node, tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
     """(inputs * taps,) how large each input of the producer gets; 1 where no domain is declared."""
     taps = weight.shape[2]
     ends = ranges.get(place.op.x)
@@ -281,32 +332,49 @@ def _along(value: Tensor, axis: int) -> Tensor:
     return value.amax(rest)
 
 
-def _rank(read: Tensor, wide: Tensor, size: Tensor, rounding: float) -> tuple[Tensor, int] | None:
-    """(L, r) for the least r at which nothing above rounding is lost; None where that is no less than s."""
-    some = size > 0
-    if not bool(some.any()):
+def _rank(product: Tensor, count: int, rounding: float) -> _Ranked | None:
+    """The least rank of `product` (outputs, inputs) at which nothing above rounding is lost; if that is not below
+    `count`, the least at which little is."""
+    if not len(product):
         return None
-    read, size = read[some], size[some]
-    product = (read @ wide) / size.unsqueeze(1)
     left, value, right = torch.linalg.svd(product, full_matrices=False)
-    limit = min(len(value), wide.shape[0])
 
     def lost(rank: int) -> float:
         return float((product - (left[:, :rank] * value[:rank]) @ right[:rank]).abs().sum(1).max())
 
-    low, high = 0, limit
-    while low < high:  # the least rank that keeps all but rounding
-        middle = (low + high) // 2
-        low, high = (low, middle) if lost(middle) <= rounding else (middle + 1, high)
-    rank = max(low, 1)
-    if rank >= wide.shape[0] or lost(rank) > rounding or float(value[rank - 1]) <= 0:
+    def least(enough: float) -> int:
+        low, high = 1, len(value)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if lost(middle) <= enough else (middle + 1, high)
+        return low
+
+    rank = least(rounding)
+    if rank >= count:
+        rank = least(NEARLY * rounding)
+    if float(value[rank - 1]) <= 0:
         return None
-    mixing = (left[:, :rank] / value[:rank]).T @ (read / size.unsqueeze(1))
-    return mixing, rank
+    return _Ranked(rank, lost(rank), (left[:, :rank] / value[:rank]).T)
+
+
+def _choice(inner: Tensor, read: Tensor, size: Tensor) -> _Ranked | None:
+    """r rows of `inner` (s, inputs) that span all of them, chosen by the pivots of its left singular vectors."""
+    left, value, _ = torch.linalg.svd(inner, full_matrices=False)
+    rank = int((value > 1e-10 * value[0]).sum())
+    if not 0 < rank < len(inner) or not len(read):
+        return None
+    swaps = torch.linalg.lu_factor(left[:, :rank])[1] - 1
+    order = torch.arange(len(inner))
+    for place, other in enumerate(swaps.tolist()):  # LAPACK's row exchanges, one after the other
+        order[[place, other]] = order[[other, place]]
+    back = torch.linalg.solve(left[order[:rank]].T[:rank], left[order][:, :rank].T).T
+    back[:rank] = torch.eye(rank, dtype=torch.float64)
+    lost = read[:, order] @ (inner[order] - back @ inner[order[:rank]]) / size.unsqueeze(1)
+    return _Ranked(rank, float(lost.abs().sum(1).max()), back, order)
 
 
 def _shift(
-    place: _Place,
+    place: Place,
     n: Numbering,
     ranges: Mapping[Node, tuple[Tensor, Tensor]],
     weight: Tensor,

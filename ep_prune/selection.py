@@ -29,16 +29,19 @@ from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Fewer, Groups
 
 STUCK = "a constant that no bias can take: zero padding follows, or there is no bias"
+DISTINCT = "distinct and read"
+COPY = "a copy but for a constant that no bias can take: zero padding follows, or there is no bias"
 STAYED = (
     "gone",
     "pinned",
-    "distinct and read",
+    DISTINCT,
     "leads the constants",
     "kept for equal parts",
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
     NEEDED,
     STUCK,
+    COPY,
 )
 
 
@@ -75,10 +78,13 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
     chosen = Selection(n, roots, pinned, pinned.clone(), needs, why=pinned.long())
     while True:
         before = int(chosen.kept.sum())
-        for demand in needs.values():
-            demand.refresh(chosen.kept)
-            _hit_classes(chosen, demand)
-        close(chosen)
+        for only_choice in (True, False):  # what has no choice first: it may stand for classes that have one
+            for demand in needs.values():
+                demand.refresh(chosen.kept)
+                _hit_classes(chosen, demand, only_choice)
+            close(chosen)
+            if only_choice and int(chosen.kept.sum()) > before:
+                break
         if int(chosen.kept.sum()) > before:
             continue
         settled = [_embed(chosen, name, demand) for name, demand in needs.items()]
@@ -86,17 +92,39 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
             return chosen
 
 
-def _hit_classes(chosen: Selection, demand: Demand) -> None:
-    """Keep a member of every live class that has no kept member yet: the preferred one, else the earliest."""
+def _hit_classes(chosen: Selection, demand: Demand, only_choice: bool) -> None:
+    """Keep a member of every live class that has no kept member yet: the preferred one, else the earliest.
+
+    only_choice: do so only for classes all of whose members stand or fall together.
+    """
     n = len(demand.roots)
     some = ~demand.constant
     kept = chosen.kept[demand.roots] & some
     hit = torch.zeros(n, dtype=torch.bool)
     hit[demand.leader[kept]] = True
     missing = demand.live & ~hit & some
+    if only_choice:
+        ends = [
+            torch.zeros(n, dtype=torch.int64).scatter_reduce_(
+                0, demand.leader[some], demand.roots[some], way, include_self=False
+            )
+            for way in ("amin", "amax")
+        ]
+        missing &= ends[0] == ends[1]
     constant = demand.port.x.rows.is_constant()
-    chosen.keep(demand.roots[demand.prefer[missing & ~constant]], "distinct and read")
+    copy = _copies_but_for_constants(demand, missing, kept) if demand.rigid else torch.zeros_like(missing)
+    chosen.keep(demand.roots[demand.prefer[missing & ~constant & ~copy]], DISTINCT)
+    chosen.keep(demand.roots[demand.prefer[missing & copy]], COPY)
     chosen.keep(demand.roots[demand.prefer[missing & constant]], STUCK)
+
+
+def _copies_but_for_constants(demand: Demand, missing: Tensor, kept: Tensor) -> Tensor:
+    """(n,) which of the `missing` would have gone as copies of others, had a constant a bias to go to."""
+    n = len(missing)
+    here, leader = torch.arange(n), demand.port.classes.leader
+    member = (missing | kept) & ~demand.port.constant
+    first = torch.full((n,), n).scatter_reduce_(0, leader[member], here[member] - n * kept[member].long(), "amin")
+    return member & missing & (first[leader] != here)
 
 
 def close(chosen: Selection) -> None:

@@ -167,9 +167,13 @@ class Slots:
         self.grids.clear()
 
     def keep_rectangular(self, grid: Tensor) -> None:
-        """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once."""
+        """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once.
+
+        Of axes equally long the innermost, as the slots are numbered, so that a transposed view of the same
+        channels is cut in the same way."""
         carries = [grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)]
-        cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a]))
+        step = [int((grid.narrow(a, -1, 1) - grid.narrow(a, 0, 1)).abs().max()) for a in range(grid.ndim)]
+        cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a], -step[a]))
         lead = grid.movedim(cut, 0).reshape(grid.shape[cut], -1)
         self.unify(lead, lead[:, :1])
 

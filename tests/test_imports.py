@@ -34,6 +34,7 @@ LAYERS = (
     "selection",
     "rewrite",
     "spaces",
+    "linear_places",
     "mixing",
     "head_mixing",
     "verification",
