@@ -128,13 +128,14 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Places of a tensor's axis, as they are after all cuts, times `factor`: where the code takes attention's
-    scale from the size of a head, queries make up for it."""
+    """Places (k,) of a tensor's axis, as they are after all cuts, times `factor` (k,), float64: where the code
+    takes attention's scale from the size of a head, queries make up for it; a stream under RMS norm keeps the mean
+    of its squares."""
 
     tensor: str
     axis: int
     places: Tensor
-    factor: float
+    factor: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 from ep_prune.demand import Demand, demands
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round, Scale
 from ep_prune.find import MARGIN
 from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Fewer, Groups
+from ep_prune.streams import Norms, needed_by, scales_of, streams_of
 
 STUCK = "a constant that no bias can take: zero padding follows, or there is no bias"
 DISTINCT = "distinct and read"
 COPY = "a copy but for a constant that no bias can take: zero padding follows, or there is no bias"
+NORMED = "read by a norm that sees all channels"
 STAYED = (
     "gone",
     "pinned",
@@ -42,6 +44,7 @@ STAYED = (
     NEEDED,
     STUCK,
     COPY,
+    NORMED,
 )
 
 
@@ -57,6 +60,8 @@ class Selection:
     embeddings: dict[str, ChannelEmbedding] = field(default_factory=dict)
     why: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """By root, why it stays: a place in `STAYED`."""
+    scales: tuple[Scale, ...] = ()
+    """What makes up for channels that norms no longer see."""
 
     def keep(self, roots: Tensor, why: str) -> None:
         """Keep more slots, noting why."""
@@ -71,7 +76,18 @@ class Selection:
 def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
     """The narrowest selection that the claims allow. `frozen`: roots that must stay (rolled back, protected)."""
     roots = n.slots.roots()
-    pinned = n.slots.pinned(roots)
+    streams = streams_of(n, roots)
+    while True:
+        chosen = _select(n, roots, frozen, [norm for stream in streams for norm in stream])
+        scales = [scales_of(n, stream, roots, chosen.kept) for stream in streams]
+        if None not in scales:
+            chosen.scales = tuple(scale for found in scales for scale in found or ())
+            return chosen
+        streams = [stream for stream, found in zip(streams, scales, strict=True) if found is not None]
+
+
+def _select(n: Numbering, roots: Tensor, frozen: Tensor | None, norms: Norms) -> Selection:
+    pinned = n.slots.pinned(roots, apart_from={norm.reason for norm in norms})
     if frozen is not None:
         pinned[roots[frozen]] = True
     needs = demands(n, roots)
@@ -82,6 +98,8 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
             for demand in needs.values():
                 demand.refresh(chosen.kept)
                 _hit_classes(chosen, demand, only_choice)
+            for norm in norms:
+                chosen.keep(needed_by(norm, roots, chosen.kept), NORMED)
             close(chosen)
             if only_choice and int(chosen.kept.sum()) > before:
                 break
@@ -277,4 +295,6 @@ def to_round(chosen: Selection) -> Round:
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
             cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-    return Round(tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept))
+    return Round(
+        tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept), scales=chosen.scales
+    )

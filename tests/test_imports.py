@@ -31,6 +31,7 @@ LAYERS = (
     "demand",
     "heads",
     "nearest",
+    "streams",
     "selection",
     "rewrite",
     "spaces",
