@@ -116,7 +116,8 @@ class Refit:
 class Heads:
     """Attention in `layer`, before and after: heads, heads that have keys of their own, channels of a head.
 
-    queries: the axes (tensor, axis, places after the cut) that write the queries, for a `Scale`.
+    queries: the axes (tensor, axis, places after the cut) that write the queries, for a `Scale`. alike: whether
+    all attention of the model has these counts, before and after, so that one configuration holds them all.
     """
 
     layer: str
@@ -124,6 +125,7 @@ class Heads:
     shared: tuple[int, int]
     size: tuple[int, int]
     queries: tuple[tuple[str, int, Tensor], ...] = ()
+    alike: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class Plan:
                     }
                     for refit in step.refits
                 ],
-                "heads": [[h.layer, h.heads, h.shared, h.size] for h in step.heads],
+                "heads": [[h.layer, h.heads, h.shared, h.size, h.alike] for h in step.heads],
                 "scales": [[s.tensor, s.axis, keep(s.places), keep(s.factor)] for s in step.scales],
             }
             for step in self.rounds
@@ -184,7 +184,10 @@ class Plan:
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
                 tuple(mix(item) for item in step.get("mixes", ())),
                 tuple(refit(item) for item in step.get("refits", ())),
-                tuple(Heads(layer, *map(tuple, sizes)) for layer, *sizes in step.get("heads", ())),
+                tuple(
+                    Heads(layer, tuple(heads), tuple(shared), tuple(size), alike=alike == [True])
+                    for layer, heads, shared, size, *alike in step.get("heads", ())
+                ),
                 tuple(scale(*item) for item in step.get("scales", ())),
             )
             for step in data["rounds"]
