@@ -44,8 +44,8 @@ class Place:
 
 @dataclass(eq=False)
 class _Behind:
-    """act: the one ReLU, straight behind the weight, norm: the one batch norm there. readers: the weights at the
-    ends. through: an operation that is linear, but that no fold goes through. bent: nothing is known."""
+    """act: the one activation, straight behind the weight, norm: the one batch norm there. readers: the weights at
+    the ends. through: an operation that is linear, but that no fold goes through. bent: nothing is known."""
 
     act: Node | None = None
     norm: Normalize | None = None
@@ -55,7 +55,7 @@ class _Behind:
 
 
 def place_of(node: Node, n: Numbering, needs: Mapping[str, Demand]) -> Place | None:
-    """A weight's use whose outputs go, bent at most by one ReLU, to weights and nowhere else."""
+    """A weight's use whose outputs go, bent at most by one activation, to weights and nowhere else."""
     op = _written(node, n.graph)
     if op is None or op.layout.groups != 1 or op.weight.tensor not in needs:
         return None
@@ -118,7 +118,7 @@ def _behind(node: Node, graph: Graph) -> _Behind:
             if isinstance(kind, Contract) and kind.x is at and kind.layout.groups == 1 and kind.weight.tensor:
                 found.readers.append((kind, reader))
                 continue
-            if isinstance(kind, Pointwise) and reader.op == "aten.relu" and alone:
+            if isinstance(kind, Pointwise) and alone:
                 found.act = reader
             elif isinstance(kind, Normalize) and kind.x is at and alone:
                 found.norm = kind
@@ -140,4 +140,6 @@ def _is_linear(kind: Operation, at: Node, graph: Graph) -> bool:
         return not isinstance(other, Node) or other.tensor is not None
     if isinstance(kind, Contract):
         return kind.x is at and kind.weight.tensor is not None
-    return isinstance(kind, Normalize | Split | Pad | Stencil) and kind.x is at
+    if isinstance(kind, Stencil):
+        return not kind.keeps_constants
+    return isinstance(kind, Normalize | Split | Pad) and kind.x is at

@@ -18,7 +18,9 @@ The edit keeps all shapes. Nobody reads the s - r channels left over then, and t
 
 Behind zero padding a constant t would be none: c then is what makes it cancel there, if anything does.
 
-Left out, and left alone: batch norm between the two, producers or consumers in groups, channels that several
+Behind batch norm r of the channels themselves are chosen, where they span the others (`_choice`).
+
+Left out, and left alone: producers or consumers in groups, channels that several
 weights write, weights with another use, max pools; zero padding in front of a consumer where a constant t would
 meet it.
 """
@@ -26,26 +28,36 @@ meet it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ep_prune.bounds.interval import Bounds, Found, contracted
-from ep_prune.demand import Demand, demands
-from ep_prune.embedding import ChannelEmbedding, Fold, Mix, Round
+from ep_prune.demand import demands
+from ep_prune.embedding import Mix, Round
 from ep_prune.find import MARGIN
 from ep_prune.graph import Contract, Graph, Node, Pointwise
-from ep_prune.linear_places import Place, dependent, gain_and_shift, place_of
+from ep_prune.linear_cases import (
+    Case,
+    Mixture,
+    Ranked,
+    case_of,
+    consumer_folds,
+    largest_along,
+    least_rank,
+    read_by,
+    room_of,
+    spots_of,
+)
+from ep_prune.linear_places import Place, dependent, place_of
 from ep_prune.numbering import Numbering, number_channels
 from ep_prune.numbering.straight import straight_parts
+from ep_prune.reflections import reflected
 from ep_prune.rules import kind_of
 
 ROOM = 2.0**-10
 """How far above zero the new units are kept, relative to how far they range."""
-
-NEARLY = 1e5
-"""Up to how many times the rounding allowed a lower rank counts as near."""
 
 NEAR = "near a linear mixture of others, but not to rounding"
 SEEN = "linear in others as far as it is read, but no other channels could take its bias or its moments"
@@ -53,43 +65,6 @@ THROUGH = "linear in others, but no fold goes through "
 
 Near = dict[tuple[str, int], tuple[int, str]]
 """(weight, axis) -> how many channels a lower rank would do without, and why they stay."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """One fold to the rank: the edits, and which channels of `weight` are left unread by it."""
-
-    step: Round
-    weight: str
-    axis: int
-    left: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Case:
-    """s channels of a place. rows (s,): which; spots: where each consumer reads them, (s, q); wide (s, inputs),
-    bias (s,): what they compute, batch norm included; reach (inputs,): how large the inputs get; weight: the
-    producer's, canonical; stored: its type."""
-
-    place: Place
-    rows: Tensor
-    spots: list[Tensor]
-    weight: Tensor
-    wide: Tensor
-    bias: Tensor
-    reach: Tensor
-    stored: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """A rank, and what is lost there. left: (r, outputs) what mixes the outputs; or, where r channels are chosen,
-    (s, r) every channel by these, in the order of `order` (s,), which has the chosen ones first."""
-
-    rank: int
-    lost: float
-    left: Tensor
-    order: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def mixtures(
@@ -107,7 +82,7 @@ def mixtures(
     for node in reversed(graph.nodes):
         place = place_of(node, n, needs)
         if place is not None:
-            found = _fold(place, n, ranges, roots, pinned, near)
+            found = _fold(place, n, ranges, roots, pinned, near) or reflected(place, n, roots, pinned)
             if found is not None:
                 return found, near
         elif (left := dependent(node, graph)) is not None:
@@ -133,28 +108,32 @@ def _fold(
         x = n.values[place.node]
         assert isinstance(act, Pointwise)
         parts = straight_parts(act, place.act, n, x) if hasattr(x, "labels") else None  # type: ignore[arg-type]
-        if parts is None or place.op.x not in ranges:
+        if parts is None or place.op.x not in ranges or place.act.op != "aten.relu":
             return None
         free &= parts[0] == 1
     rows = free.nonzero().squeeze(1)
     if len(rows) < 2 or len(torch.unique(own)) < len(own):
         return None
-    room = _room(place, n)
+    room = room_of(place, n)
     by_choice = place.norm is not None or (room is None and place.op.bias is not None)
-    spots = [_spots(demand, own, rows) for demand in place.consumers]
+    spots = [spots_of(demand, own, rows) for demand in place.consumers]
     if (room is None and place.act is not None) or any(spot is None for spot in spots):
         return None
-    case = _case(place, n, ranges, rows, [spot for spot in spots if spot is not None])
-    read, size = _read(case, ranges)
+    case = case_of(place, n, ranges, rows, [spot for spot in spots if spot is not None])
+    read, size = read_by(case, ranges)
     rounding = MARGIN * max(n.eps(d.port.op.weight) for d in place.consumers)
     for augmented in (False, True):  # with the bias as one more input no constant is left to meet the padding
         inner = (
             torch.cat([case.wide * case.reach, case.bias.unsqueeze(1)], 1) if augmented else case.wide * case.reach
         )
         product = read @ inner / size.unsqueeze(1)
-        ranked = _choice(inner, read, size) if by_choice else _rank(product, len(rows), rounding)
+        ranked = _choice(inner, read, size) if by_choice else least_rank(product, len(rows), rounding)
         if ranked is None or ranked.rank >= len(rows):
-            if by_choice and (seen := _rank(product, len(rows), rounding)) is not None and seen.rank < len(rows):
+            if (
+                by_choice
+                and (seen := least_rank(product, len(rows), rounding)) is not None
+                and seen.rank < len(rows)
+            ):
                 near[name, axis] = len(rows) - seen.rank, SEEN
             return None
         if ranked.lost > rounding:
@@ -172,25 +151,8 @@ def _fold(
     return None
 
 
-def _case(
-    place: Place,
-    n: Numbering,
-    ranges: Mapping[Node, tuple[Tensor, Tensor]],
-    rows: Tensor,
-    spots: list[Tensor],
-) -> _Case:
-    weight = place.op.layout.canonical(n.tensor(place.op.weight))[0]
-    bias = torch.zeros(len(weight), dtype=torch.float64) if place.op.bias is None else n.tensor(place.op.bias)
-    wide = weight.flatten(1)
-    if place.norm is not None:
-        gain, shift = gain_and_shift(place.norm, n)
-        wide, bias = wide * gain.unsqueeze(1), bias * gain + shift
-    stored = n.graph.tensors[str(place.op.weight.tensor)].dtype
-    return _Case(place, rows, spots, weight, wide[rows], bias[rows], _reach(place, ranges, weight), stored)
-
-
 def _mixed(
-    case: _Case,
+    case: Case,
     n: Numbering,
     ranges: Mapping[Node, tuple[Tensor, Tensor]],
     inner: Tensor,
@@ -216,7 +178,7 @@ def _mixed(
     if place.act is None and not augmented and biased:
         offset = _balanced(case, back).to(case.stored).double()
     t = torch.zeros(len(rows), dtype=torch.float64) if augmented else case.bias - back @ offset
-    folds = _consumer_folds(case, back, t)
+    folds = consumer_folds(case, back, t)
     if folds is None:
         return None
     target = room if room is not None and (biased or place.act is not None) else (None, None)
@@ -225,7 +187,7 @@ def _mixed(
     return Mixture(Round(folds, (), (mix,)), name, int(layout.inputs_first), rows[rank:])
 
 
-def _chosen(case: _Case, inner: Tensor, ranked: _Ranked, augmented: bool) -> Mixture | None:
+def _chosen(case: Case, inner: Tensor, ranked: Ranked, augmented: bool) -> Mixture | None:
     """The channels through r of themselves, which stay what they are: batch norm knows the moments of these."""
     order, back = ranked.order, ranked.left
     case = replace(
@@ -237,14 +199,14 @@ def _chosen(case: _Case, inner: Tensor, ranked: _Ranked, augmented: bool) -> Mix
     )
     t = case.bias - back @ case.bias[: ranked.rank]
     t = torch.zeros_like(t) if augmented else torch.where(torch.arange(len(t)) < ranked.rank, 0.0, t)
-    folds = _consumer_folds(case, back, t)
+    folds = consumer_folds(case, back, t)
     name, layout = str(case.place.op.weight.tensor), case.place.op.layout
     if folds is None:
         return None
     return Mixture(Round(folds, ()), name, int(layout.inputs_first), case.rows[ranked.rank :])
 
 
-def _balanced(case: _Case, back: Tensor) -> Tensor:
+def _balanced(case: Case, back: Tensor) -> Tensor:
     """(r,) biases of the mixtures with which t = bias - back c cancels wherever no bias of a consumer can take it:
     least squares, exact or of no use."""
     columns, targets = [], []
@@ -260,104 +222,7 @@ def _balanced(case: _Case, back: Tensor) -> Tensor:
     return found
 
 
-def _consumer_folds(case: _Case, back: Tensor, t: Tensor) -> tuple[Fold, ...] | None:
-    folds = []
-    for demand, spot in zip(case.place.consumers, case.spots, strict=True):
-        fold = _consumer_fold(demand, spot, back, t)
-        if fold is None:
-            return None
-        folds.append(fold)
-    return tuple(folds)
-
-
-def _read(case: _Case, ranges: Mapping[Node, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(outputs, s) what the consumers make of each channel, at every spot and tap, and (outputs,) the size of the
-    terms that each of these may be off by a rounding of."""
-    terms = (case.wide.abs() * case.reach).sum(1) + case.bias.abs()  # how large the channels are by their weights
-    parts, sizes = [], []
-    for demand, spot in zip(case.place.consumers, case.spots, strict=True):
-        port = demand.port
-        columns = port.weight[spot].permute(1, 2, 3, 0)  # (q, O, taps, s)
-        parts.append(columns.flatten(0, 2))
-        ends = ranges.get(port.op.x)
-        if ends is None:
-            large = torch.zeros(port.shape[0], dtype=torch.float64)
-            large[spot] = terms.unsqueeze(1).expand_as(spot)
-        else:
-            large = _along(torch.maximum(ends[0].abs(), ends[1].abs()), port.op.layout.axis)
-        total = (port.weight.abs().sum(2) * large.unsqueeze(1)).sum(0)
-        spread = total.reshape(1, -1, 1) / (columns.shape[0] * columns.shape[2])
-        sizes.append(spread.expand(columns.shape[:3]).reshape(-1))
-    read, size = torch.cat(parts), torch.cat(sizes)
-    some = size > 0
-    return read[some], size[some]
-
-
-def _room(place: Place, n: Numbering) -> tuple[str | None, str | None] | None:
-    """Where the new units' biases go: the layer's bias, a new one, or nowhere (None)."""
-    if place.op.bias is not None:
-        name = str(place.op.bias.tensor)
-        readers = [r for node, users in n.graph.users().items() if node.tensor == name for r in users]
-        return (name, None) if readers == [place.node] and name not in n.pinned_tensors else None
-    weight = str(place.op.weight.tensor)
-    path = weight.rpartition(".")[0]
-    alone = len(n.graph.aliases.get(weight, ())) == 1
-    return (None, path) if weight.endswith(".weight") and path in n.graph.bias_free and alone else None
-
-
-def _spots(demand: Demand, own: Tensor, rows: Tensor) -> Tensor | None:
-    """(s, q) where each channel stands among a consumer's inputs; None where they do not stand equally often."""
-    number = torch.full((int(max(own.max(), demand.roots.max())) + 1,), -1)
-    number[own[rows]] = torch.arange(len(rows))
-    member = number[demand.roots]
-    order = member.argsort(stable=True)
-    order = order[member[order] >= 0]
-    counts = torch.bincount(member[order], minlength=len(rows))
-    return None if bool((counts != counts[0]).any()) or not len(order) else order.reshape(len(rows), -1)
-
-
-def _reach(place: Place, ranges: Mapping[Node, tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
-    """(inputs * taps,) how large each input of the producer gets; 1 where no domain is declared."""
-    taps = weight.shape[2]
-    ends = ranges.get(place.op.x)
-    if ends is None:
-        return torch.ones(weight.shape[1] * taps, dtype=torch.float64)
-    size = _along(torch.maximum(ends[0].abs(), ends[1].abs()), place.op.layout.axis)
-    return size.repeat_interleave(taps)
-
-
-def _along(value: Tensor, axis: int) -> Tensor:
-    """The largest value of each channel."""
-    rest = [a for a in range(value.ndim) if a != axis]
-    return value.amax(rest)
-
-
-def _rank(product: Tensor, count: int, rounding: float) -> _Ranked | None:
-    """The least rank of `product` (outputs, inputs) at which nothing above rounding is lost; if that is not below
-    `count`, the least at which little is."""
-    if not len(product):
-        return None
-    left, value, right = torch.linalg.svd(product, full_matrices=False)
-
-    def lost(rank: int) -> float:
-        return float((product - (left[:, :rank] * value[:rank]) @ right[:rank]).abs().sum(1).max())
-
-    def least(enough: float) -> int:
-        low, high = 1, len(value)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if lost(middle) <= enough else (middle + 1, high)
-        return low
-
-    rank = least(rounding)
-    if rank >= count:
-        rank = least(NEARLY * rounding)
-    if float(value[rank - 1]) <= 0:
-        return None
-    return _Ranked(rank, lost(rank), (left[:, :rank] / value[:rank]).T)
-
-
-def _choice(inner: Tensor, read: Tensor, size: Tensor) -> _Ranked | None:
+def _choice(inner: Tensor, read: Tensor, size: Tensor) -> Ranked | None:
     """r rows of `inner` (s, inputs) that span all of them, chosen by the pivots of its left singular vectors."""
     left, value, _ = torch.linalg.svd(inner, full_matrices=False)
     rank = int((value > 1e-10 * value[0]).sum())
@@ -370,7 +235,7 @@ def _choice(inner: Tensor, read: Tensor, size: Tensor) -> _Ranked | None:
     back = torch.linalg.solve(left[order[:rank]].T[:rank], left[order][:, :rank].T).T
     back[:rank] = torch.eye(rank, dtype=torch.float64)
     lost = read[:, order] @ (inner[order] - back @ inner[order[:rank]]) / size.unsqueeze(1)
-    return _Ranked(rank, float(lost.abs().sum(1).max()), back, order)
+    return Ranked(rank, float(lost.abs().sum(1).max()), back, order)
 
 
 def _shift(
@@ -393,34 +258,6 @@ def _shift(
     )
     assert isinstance(found, Bounds)
     axis = place.op.layout.axis
-    low, high = -_along(-found.low, axis)[rows], _along(found.high, axis)[rows]
+    low, high = -largest_along(-found.low, axis)[rows], largest_along(found.high, axis)[rows]
     margin = ROOM * (high - low + torch.maximum(low.abs(), high.abs())) + 1e-30
     return margin - low
-
-
-def _consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fold | None:
-    """The consumer through h = R v + t at all the places where the channels stand."""
-    port, n = demand.port, len(demand.roots)
-    layout, (count, rank) = port.op.layout, back.shape
-    offset = torch.zeros(n, dtype=torch.float64)
-    offset[spot] = t.unsqueeze(1).expand_as(spot)
-    if bool((t != 0).any()) and not demand.can_fold(offset):
-        return None
-    others = torch.ones(n, dtype=torch.bool)
-    others[spot.reshape(-1)] = False
-    rest = others.nonzero().squeeze(1)
-    shape = (count, rank, spot.shape[1])
-    wide = torch.cat([rest, spot.unsqueeze(1).expand(shape).reshape(-1)])
-    narrow = torch.cat([rest, spot[:rank].unsqueeze(0).expand(shape).reshape(-1)])
-    values = torch.cat([torch.ones(len(rest), dtype=torch.float64), back.unsqueeze(2).expand(shape).reshape(-1)])
-    room = (demand.bias, demand.mean, demand.new_bias) if bool((offset != 0).any()) else (None,) * 3
-    outputs = port.shape[1]
-    return Fold(
-        port.name,
-        layout,
-        ChannelEmbedding(n, n, wide, narrow, values, offset),
-        torch.zeros(1, dtype=torch.int64),
-        torch.arange(outputs).unsqueeze(0),
-        outputs,
-        *room,
-    )

@@ -290,9 +290,14 @@ def _selection_round(state: State, records: _Records, example_inputs: Any, bar: 
 
 
 def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
-    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
-    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
-    records.folded |= {mixture.layer for mixture in found}
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once as wide
+    as it is."""
+
+    def as_wide(mixture: HeadMixture) -> tuple[object, ...]:
+        return mixture.layer, *(state.graph.tensors[mix.weight].shape for mix in mixture.step.mixes)
+
+    found = [m for m in head_mixtures(state.graph, state.frozen) if as_wide(m) not in records.folded]
+    records.folded |= set(map(as_wide, found))
 
     def take(mixtures: Sequence[HeadMixture]) -> bool:
         step = Round(
@@ -354,8 +359,8 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
-    folded: set[str] = field(default_factory=set)
-    """Layers whose heads were folded to their ranks."""
+    folded: set[tuple[object, ...]] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks, and the shapes of their weights then."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
 

@@ -36,6 +36,8 @@ LAYERS = (
     "rewrite",
     "spaces",
     "linear_places",
+    "linear_cases",
+    "reflections",
     "mixing",
     "head_mixing",
     "verification",
