@@ -290,8 +290,8 @@ def _selection_round(state: State, records: _Records, example_inputs: Any, bar: 
 
 
 def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
-    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once as wide
-    as it is."""
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once as
+    wide as it is."""
 
     def as_wide(mixture: HeadMixture) -> tuple[object, ...]:
         return mixture.layer, *(state.graph.tensors[mix.weight].shape for mix in mixture.step.mixes)
