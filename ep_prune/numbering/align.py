@@ -77,8 +77,8 @@ def regroup(
     count = 1
     for size in channel_shape:
         count *= size
-    own = labels.permute(*axes, *rest).reshape(count, -1)
-    seat = places.permute(*axes, *rest).reshape(count, -1)
+    own = labels.permute([*axes, *rest]).reshape(count, -1)
+    seat = places.permute([*axes, *rest]).reshape(count, -1)
     width = own.shape[1]
     here = torch.arange(width)
     single = bool((own == own[:, :1]).all())
