@@ -153,8 +153,10 @@ def least_rank(product: Tensor, count: int, rounding: float) -> Ranked | None:
         return None
     left, value, right = torch.linalg.svd(product, full_matrices=False)
 
-    def lost(rank: int) -> float:
-        return float((product - (left[:, :rank] * value[:rank]) @ right[:rank]).abs().sum(1).max())
+    def lost(
+        rank: int,
+    ) -> float:  # the part that is dropped: of a full rank nothing is, whatever the rounding here
+        return float(((left[:, rank:] * value[rank:]) @ right[rank:]).abs().sum(1).max())
 
     def least(enough: float) -> int:
         low, high = 1, len(value)

@@ -46,20 +46,22 @@ def reflected(place: Place, n: Numbering, roots: Tensor, pinned: Tensor) -> Mixt
     seconds, mates, ratio = some[second], some[found.leader[second]], -found.scale[second]
     if not len(seconds):
         return None
-    spots = [spots_of(demand, own, torch.cat([seconds, mates.unique()])) for demand in place.consumers]
+    pairs = torch.cat([seconds, torch.unique(mates)])
+    spots = [spots_of(demand, own, pairs) for demand in place.consumers]
     if any(spot is None for spot in spots):
         return None
     where = [torch.full((len(own), spot.shape[1]), -1) for spot in spots if spot is not None]
     for at, spot in zip(where, spots, strict=True):
         assert spot is not None
-        at[torch.cat([seconds, mates.unique()])] = spot
+        at[pairs] = spot
     case = case_of(place, n, {}, seconds, [places[seconds] for places in where])
     return _with_rank(case, n, where, mates, ratio, room)
 
 
 def _rows_of(place: Place, n: Numbering) -> Dense:
-    """The layer's weights and biases, a row for each unit, cast when they are looked at: the layer may be large."""
-    weight = place.op.layout.canonical(n.graph.tensors[str(place.op.weight.tensor)].detach())[0].flatten(1)
+    """The layer's weights and biases, a row for each unit, cast when they are looked at: it may be large."""
+    stored = n.graph.tensors[str(place.op.weight.tensor)].detach()
+    weight = place.op.layout.canonical(stored)[0].flatten(1)
     bias = torch.zeros(len(weight), dtype=torch.float64) if place.op.bias is None else n.tensor(place.op.bias)
 
     def rows(index: Tensor) -> Tensor:
