@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ep_prune.augment import augmented
 from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Point, Width
@@ -295,7 +296,8 @@ class Work:
         narrow = copy.deepcopy(self.reduced.model)
         errors: dict[str, float] = {}
         if not bool(kept.all()):
-            own, errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
+            chunks = augmented(self.program, self.structure.readers, fit, self.seed)
+            own, errors = fitted(self.program, self.structure, kept, chunks, self.seed, self.step, len(fit))
             if (why := self._same(kept, own)) is not None:
                 raise VerificationError(
                     f"the narrow model is not what was fitted ({why}): please report this model"

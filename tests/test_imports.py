@@ -60,6 +60,7 @@ LAYERS = (
     "readers",
     "pairs",
     "divergence",
+    "augment",
     "curves",
     "fitting",
     "budget",
