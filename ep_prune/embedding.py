@@ -116,7 +116,8 @@ class Refit:
 class Heads:
     """Attention in `layer`, before and after: heads, heads that have keys of their own, channels of a head.
 
-    queries: the axes (tensor, axis, places after the cut) that write the queries, for a `Scale`.
+    queries: the axes (tensor, axis, places after the cut) that write the queries, for a `Scale`. alike: whether
+    all attention of the model has these counts, before and after, so that one configuration holds them all.
     """
 
     layer: str
@@ -124,17 +125,19 @@ class Heads:
     shared: tuple[int, int]
     size: tuple[int, int]
     queries: tuple[tuple[str, int, Tensor], ...] = ()
+    alike: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Places of a tensor's axis, as they are after all cuts, times `factor`: where the code takes attention's
-    scale from the size of a head, queries make up for it."""
+    """Places (k,) of a tensor's axis, as they are after all cuts, times `factor` (k,), float64: where the code
+    takes attention's scale from the size of a head, queries make up for it; a stream under RMS norm keeps the mean
+    of its squares."""
 
     tensor: str
     axis: int
     places: Tensor
-    factor: float
+    factor: Tensor
 
 
 @dataclass(frozen=True, eq=False)

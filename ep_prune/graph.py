@@ -8,7 +8,7 @@ liveness, widening) knows the kinds alone, never an operator's name:
     Lookup     y = W[index]                     embedding table
     Normalize  y_i = g_i x_i + s_i              batch norm at inference
     Standardize                                 layer norm: sees all channels
-    Instance, GroupStandardize, RootMeanSquare  the other norms
+    Instance, GroupStandardize, RootMeanSquare, MeanSquare  the other norms
     Pointwise  y_i = f(x_i)                     activations, with the symmetries of f
     Sum, Product, Choice                        of two tensors, or of a tensor and a number
     Stencil    a linear map over space, the same for every channel (average pool, mean, resize)
@@ -212,6 +212,13 @@ class RootMeanSquare(Operation):
 
     x: Node
     weight: Node | None
+
+
+@dataclass(frozen=True)
+class MeanSquare(Operation):
+    """The mean of x^2 over the channels, the last axis: an RMS norm written by hand."""
+
+    x: Node
 
 
 @dataclass(frozen=True)

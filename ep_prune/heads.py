@@ -8,6 +8,7 @@ that stay have equally many channels, and all that share keys and values are equ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -148,7 +149,9 @@ def heads_of(n: Numbering, roots: Tensor, kept: Tensor) -> tuple[Heads, ...]:
         found.append(
             Heads(constraint.layer, heads, (shared[0], shared[1]), sizes, _writers(n, roots, kept, query))
         )
-    return tuple(found)
+    every = sum(isinstance(constraint, Scores) for constraint in n.slots.constraints)
+    alike = len(found) == every and len({(h.heads, h.shared, h.size) for h in found}) == 1
+    return tuple(replace(heads, alike=alike) for heads in found)
 
 
 def _writers(n: Numbering, roots: Tensor, kept: Tensor, query: Tensor) -> tuple[tuple[str, int, Tensor], ...]:

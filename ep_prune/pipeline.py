@@ -20,13 +20,13 @@ from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
 from ep_prune.head_mixing import HeadMixture, head_mixtures
-from ep_prune.mixing import mixtures
+from ep_prune.mixing import Near, mixtures
 from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
 from ep_prune.report import Report, SpaceRecord
 from ep_prune.rewrite import apply_round_
-from ep_prune.selection import Selection, select, to_round
+from ep_prune.selection import DISTINCT, Selection, select, to_round
 from ep_prune.sharing import copy_of, prepare_and_run, unshare_
 from ep_prune.spaces import spaces
 from ep_prune.trace import as_arguments, random_state_kept, trace
@@ -126,6 +126,7 @@ def reduce(
             if tol > 0:
                 _bounded_round(state, records, example_inputs, tol, bar)
                 _exact_rounds(state, records, example_inputs, bar)
+            records.name_near()
             bar.set_postfix_str("verifying")
             hand_back()
             stated = None if domain is None else plain(domain)
@@ -289,9 +290,14 @@ def _selection_round(state: State, records: _Records, example_inputs: Any, bar: 
 
 
 def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
-    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once."""
-    found = [m for m in head_mixtures(state.graph, state.frozen) if m.layer not in records.folded]
-    records.folded |= {mixture.layer for mixture in found}
+    """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once as
+    wide as it is."""
+
+    def as_wide(mixture: HeadMixture) -> tuple[object, ...]:
+        return mixture.layer, *(state.graph.tensors[mix.weight].shape for mix in mixture.step.mixes)
+
+    found = [m for m in head_mixtures(state.graph, state.frozen) if as_wide(m) not in records.folded]
+    records.folded |= set(map(as_wide, found))
 
     def take(mixtures: Sequence[HeadMixture]) -> bool:
         step = Round(
@@ -317,7 +323,7 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         if state.graph.tensors[last[0]].shape[last[1]] >= width:
             state.frozen[last] = "folded to its rank, and its channels are needed elsewhere"
     while True:
-        found = mixtures(state.graph, state.ranges(), state.frozen)
+        found, records.near = mixtures(state.graph, state.ranges(), state.frozen)
         if found is None:
             return False
         axis = found.weight, found.axis
@@ -353,10 +359,22 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
-    folded: set[str] = field(default_factory=set)
-    """Layers whose heads were folded to their ranks."""
+    folded: set[tuple[object, ...]] = field(default_factory=set)
+    """Layers whose heads were folded to their ranks, and the shapes of their weights then."""
     left: dict[Axis, Tensor] = field(default_factory=dict)
     """By axis, the channels that the last fold left unread: they are linear, not null."""
+
+    near: Near = field(default_factory=dict)
+    """By axis, how many channels a lower rank would do without, and why they stay."""
+
+    def name_near(self) -> None:
+        """Say of channels that are linear in others, and stay all the same, why."""
+        for (weight, _), (count, why) in self.near.items():
+            for space in self.spaces.values():
+                own = space.stayed.get(DISTINCT, 0)
+                if weight in space.producers and (some := min(count, own - 1)) > 0:
+                    space.stayed[DISTINCT] -= some
+                    space.stayed[why] = space.stayed.get(why, 0) + some
 
     def add(self, chosen: Selection, frozen: Mapping[Axis, str]) -> None:
         """Bring the records up to date with one more round."""

@@ -127,12 +127,12 @@ class Plan:
                     }
                     for refit in step.refits
                 ],
-                "heads": [[h.layer, h.heads, h.shared, h.size] for h in step.heads],
-                "scales": [[s.tensor, s.axis, keep(s.places), s.factor] for s in step.scales],
+                "heads": [[h.layer, h.heads, h.shared, h.size, h.alike] for h in step.heads],
+                "scales": [[s.tensor, s.axis, keep(s.places), keep(s.factor)] for s in step.scales],
             }
             for step in self.rounds
         ]
-        header = {"version": 4, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        header = {"version": 5, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
         if self.replace_modules:
@@ -143,8 +143,8 @@ class Plan:
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") not in (2, 3, 4):
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 4")
+        if data.get("version") not in (2, 3, 4, 5):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 5")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -173,14 +173,22 @@ class Plan:
             places = (item[key] for key in ("bias", "mean", "new_bias"))
             return Refit(item["weight"], tensors[item["value"]], item["groups"], constants, *places)
 
+        def scale(name: str, axis: int, places: str, by: str | float) -> Scale:
+            places_ = tensors[places]
+            factor = tensors[by] if isinstance(by, str) else torch.full((len(places_),), by, dtype=torch.float64)
+            return Scale(name, axis, places_, factor)
+
         rounds = tuple(
             Round(
                 tuple(fold(item) for item in step["folds"]),
                 tuple(Cut(name, axis, tensors[key], width) for name, axis, key, width in step["cuts"]),
                 tuple(mix(item) for item in step.get("mixes", ())),
                 tuple(refit(item) for item in step.get("refits", ())),
-                tuple(Heads(layer, *map(tuple, sizes)) for layer, *sizes in step.get("heads", ())),
-                tuple(Scale(name, axis, tensors[key], by) for name, axis, key, by in step.get("scales", ())),
+                tuple(
+                    Heads(layer, tuple(heads), tuple(shared), tuple(size), alike=alike == [True])
+                    for layer, heads, shared, size, *alike in step.get("heads", ())
+                ),
+                tuple(scale(*item) for item in step.get("scales", ())),
             )
             for step in data["rounds"]
         )

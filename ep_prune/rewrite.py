@@ -79,6 +79,10 @@ def apply_round_(model: nn.Module, step: Round) -> None:
     for heads in step.heads:
         if heads.layer in modules:  # a trace may name what is no module, and has no counts
             count_heads_(modules[heads.layer], heads)
+    if step.heads and step.heads[0].alike:
+        for config in {id(m.config): m.config for m in modules.values() if hasattr(m, "config")}.values():
+            if hasattr(config, "__dict__"):
+                count_heads_(config, step.heads[0])
 
 
 def mixed(mix: Mix, weight: Tensor) -> Tensor:
@@ -142,8 +146,8 @@ def resize_(model: nn.Module, new: dict[str, Tensor], groups: dict[str, int]) ->
             _linear_of_transformers(module)
 
 
-def count_heads_(module: nn.Module, heads: Heads) -> None:
-    """Bring the integers by which an attention's code cuts its channels into heads up to date.
+def count_heads_(module: object, heads: Heads) -> None:
+    """Bring the integers by which an attention's code, or a configuration, counts heads up to date.
 
     They go by their usual names, and only where they have the value that the name says: what this misses, the
     trial of the round sees.

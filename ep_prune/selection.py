@@ -22,23 +22,29 @@ import torch
 from torch import Tensor
 
 from ep_prune.demand import Demand, demands
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Round, Scale
 from ep_prune.find import MARGIN
 from ep_prune.heads import NEEDED, close_heads, heads_of
 from ep_prune.numbering import Numbering
 from ep_prune.slots import EqualCounts, Fewer, Groups
+from ep_prune.streams import Norms, needed_by, scales_of, streams_of
 
 STUCK = "a constant that no bias can take: zero padding follows, or there is no bias"
+DISTINCT = "distinct and read"
+COPY = "a copy but for a constant that no bias can take: zero padding follows, or there is no bias"
+NORMED = "read by a norm that sees all channels"
 STAYED = (
     "gone",
     "pinned",
-    "distinct and read",
+    DISTINCT,
     "leads the constants",
     "kept for equal parts",
     "last of its layer",
     "near a copy, but its outgoing weights tell them apart",
     NEEDED,
     STUCK,
+    COPY,
+    NORMED,
 )
 
 
@@ -54,6 +60,8 @@ class Selection:
     embeddings: dict[str, ChannelEmbedding] = field(default_factory=dict)
     why: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """By root, why it stays: a place in `STAYED`."""
+    scales: tuple[Scale, ...] = ()
+    """What makes up for channels that norms no longer see."""
 
     def keep(self, roots: Tensor, why: str) -> None:
         """Keep more slots, noting why."""
@@ -68,17 +76,33 @@ class Selection:
 def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
     """The narrowest selection that the claims allow. `frozen`: roots that must stay (rolled back, protected)."""
     roots = n.slots.roots()
-    pinned = n.slots.pinned(roots)
+    streams = streams_of(n, roots)
+    while True:
+        chosen = _select(n, roots, frozen, [norm for stream in streams for norm in stream])
+        scales = [scales_of(n, stream, roots, chosen.kept) for stream in streams]
+        if None not in scales:
+            chosen.scales = tuple(scale for found in scales for scale in found or ())
+            return chosen
+        streams = [stream for stream, found in zip(streams, scales, strict=True) if found is not None]
+
+
+def _select(n: Numbering, roots: Tensor, frozen: Tensor | None, norms: Norms) -> Selection:
+    pinned = n.slots.pinned(roots, apart_from={norm.reason for norm in norms})
     if frozen is not None:
         pinned[roots[frozen]] = True
     needs = demands(n, roots)
     chosen = Selection(n, roots, pinned, pinned.clone(), needs, why=pinned.long())
     while True:
         before = int(chosen.kept.sum())
-        for demand in needs.values():
-            demand.refresh(chosen.kept)
-            _hit_classes(chosen, demand)
-        close(chosen)
+        for only_choice in (True, False):  # what has no choice first: it may stand for classes that have one
+            for demand in needs.values():
+                demand.refresh(chosen.kept)
+                _hit_classes(chosen, demand, only_choice)
+            for norm in norms:
+                chosen.keep(needed_by(norm, roots, chosen.kept), NORMED)
+            close(chosen)
+            if only_choice and int(chosen.kept.sum()) > before:
+                break
         if int(chosen.kept.sum()) > before:
             continue
         settled = [_embed(chosen, name, demand) for name, demand in needs.items()]
@@ -86,17 +110,39 @@ def select(n: Numbering, frozen: Tensor | None = None) -> Selection:
             return chosen
 
 
-def _hit_classes(chosen: Selection, demand: Demand) -> None:
-    """Keep a member of every live class that has no kept member yet: the preferred one, else the earliest."""
+def _hit_classes(chosen: Selection, demand: Demand, only_choice: bool) -> None:
+    """Keep a member of every live class that has no kept member yet: the preferred one, else the earliest.
+
+    only_choice: do so only for classes all of whose members stand or fall together.
+    """
     n = len(demand.roots)
     some = ~demand.constant
     kept = chosen.kept[demand.roots] & some
     hit = torch.zeros(n, dtype=torch.bool)
     hit[demand.leader[kept]] = True
     missing = demand.live & ~hit & some
+    if only_choice:
+        ends = [
+            torch.zeros(n, dtype=torch.int64).scatter_reduce_(
+                0, demand.leader[some], demand.roots[some], way, include_self=False
+            )
+            for way in ("amin", "amax")
+        ]
+        missing &= ends[0] == ends[1]
     constant = demand.port.x.rows.is_constant()
-    chosen.keep(demand.roots[demand.prefer[missing & ~constant]], "distinct and read")
+    copy = _copies_but_for_constants(demand, missing, kept) if demand.rigid else torch.zeros_like(missing)
+    chosen.keep(demand.roots[demand.prefer[missing & ~constant & ~copy]], DISTINCT)
+    chosen.keep(demand.roots[demand.prefer[missing & copy]], COPY)
     chosen.keep(demand.roots[demand.prefer[missing & constant]], STUCK)
+
+
+def _copies_but_for_constants(demand: Demand, missing: Tensor, kept: Tensor) -> Tensor:
+    """(n,) which of the `missing` would have gone as copies of others, had a constant a bias to go to."""
+    n = len(missing)
+    here, leader = torch.arange(n), demand.port.classes.leader
+    member = (missing | kept) & ~demand.port.constant
+    first = torch.full((n,), n).scatter_reduce_(0, leader[member], here[member] - n * kept[member].long(), "amin")
+    return member & missing & (first[leader] != here)
 
 
 def close(chosen: Selection) -> None:
@@ -249,4 +295,6 @@ def to_round(chosen: Selection) -> Round:
         keep = chosen.is_kept(slots)
         if (name, axis) not in folded_axes and not bool(keep.all()):
             cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
-    return Round(tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept))
+    return Round(
+        tuple(folds), tuple(cuts), heads=heads_of(n, roots=chosen.roots, kept=chosen.kept), scales=chosen.scales
+    )

@@ -45,10 +45,27 @@ class Fewer:
 class Standardized:
     """A layer norm reads these channels: only equal multiplicities keep what it computes.
 
-    They are pinned too, with `reason`, since no selection makes use of that."""
+    leader (n,): classes of equal rows. Pinned too, with `reason`: `streams` says where that may be lifted."""
 
     slots: Tensor
     reason: str
+    leader: Tensor
+
+
+@dataclass(frozen=True)
+class Isometric:
+    """An RMS norm reads these channels: what keeps the mean of their squares keeps what it computes.
+
+    row i is scale[i] times row leader[i]; zero (n,) bool. Pinned too, with `reason`, as in `Standardized`.
+    node: the one that reads them, by name.
+    """
+
+    slots: Tensor
+    reason: str
+    node: str
+    leader: Tensor
+    scale: Tensor
+    zero: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ class Blends:
     node: str = ""
 
 
-Constraint = EqualCounts | Groups | Fewer | Standardized | Grid | Whole | Scores | Blends
+Constraint = EqualCounts | Groups | Fewer | Standardized | Isometric | Grid | Whole | Scores | Blends
 
 
 @dataclass
@@ -167,9 +184,13 @@ class Slots:
         self.grids.clear()
 
     def keep_rectangular(self, grid: Tensor) -> None:
-        """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once."""
+        """A full grid stays: what goes, goes along the longest of the axes that carry different slots, at once.
+
+        Of axes equally long the innermost, as the slots are numbered, so that a transposed view of the same
+        channels is cut in the same way."""
         carries = [grid.shape[a] > 1 and bool((grid != grid.narrow(a, 0, 1)).any()) for a in range(grid.ndim)]
-        cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a]))
+        step = [int((grid.narrow(a, -1, 1) - grid.narrow(a, 0, 1)).abs().max()) for a in range(grid.ndim)]
+        cut = max(range(grid.ndim), key=lambda a: (carries[a], grid.shape[a], -step[a]))
         lead = grid.movedim(cut, 0).reshape(grid.shape[cut], -1)
         self.unify(lead, lead[:, :1])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_prune.selection import STAYED, Selection
+from ep_prune.selection import DISTINCT, STAYED, Selection
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Space:
     stayed: dict[str, int]
 
 
+TIED = "goes or stays with one that is distinct and read"
 KINDS = ("null", "constant", "split", "scaled", "flipped", "linear")
 
 
@@ -80,6 +81,9 @@ def spaces(chosen: Selection, linear: Mapping[tuple[str, int], Tensor] | None = 
             for code, why in enumerate(STAYED)
             if why not in ("gone", "pinned")
         }
+        distinct = own[kept & (chosen.why[own] == STAYED.index(DISTINCT))]
+        stayed[DISTINCT] = len(torch.unique(distinct))
+        stayed[TIED] = len(distinct) - stayed[DISTINCT]
         left = own[chosen.why[own] == STAYED.index("pinned")]
         for reason, members in reasons.items():
             mask = torch.isin(left, members)

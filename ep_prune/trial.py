@@ -158,9 +158,11 @@ def frozen_slots(n: Numbering, frozen: Iterable[Axis]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Module, Graph, Round] | str:
+def attempt_round(
+    state: State, step: Round, example_inputs: Any, mend: bool = True
+) -> tuple[nn.Module, Graph, Round] | str:
     """The narrow model, its graph and the round as it was taken, or why not: it does not run, differs, or exports
-    to something else."""
+    to something else. mend: once more with attention's scales made up for, where they follow from head sizes."""
     narrow = copy_of(state.model, state.shares)
     apply_round_(narrow, step)
     try:
@@ -168,10 +170,10 @@ def attempt_round(state: State, step: Round, example_inputs: Any) -> tuple[nn.Mo
     except InputError as error:
         cause = error.__cause__ or error
         return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
-    if change > state.limit and step.heads and not step.scales:
+    if change > state.limit and step.heads and mend:
         scaled = with_scales(state, narrow, step, example_inputs)
-        if scaled.scales:
-            return attempt_round(state, scaled, example_inputs)
+        if scaled.scales != step.scales:
+            return attempt_round(state, scaled, example_inputs, mend=False)
     if change > state.limit:
         return f"the output would change by {change:.1e} (relative, float64)"
     try:
@@ -207,12 +209,12 @@ def with_scales(state: State, narrow: nn.Module, step: Round, example_inputs: An
         ratio = _scale_of(new, graph) / _scale_of(old, state.graph)
         change[old.layer] = change.get(old.layer, 1.0) * ratio
     scales = [
-        Scale(tensor, axis, places, 1 / change[heads.layer])
+        Scale(tensor, axis, places, torch.full((len(places),), 1 / change[heads.layer], dtype=torch.float64))
         for heads in step.heads
         if change.get(heads.layer, 1.0) not in (0.0, 1.0)
         for tensor, axis, places in heads.queries
     ]
-    return replace(step, scales=tuple(scales))
+    return replace(step, scales=(*step.scales, *scales))
 
 
 def _scale_of(node: Node, graph: Graph) -> float:

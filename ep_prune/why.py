@@ -31,12 +31,12 @@ from ep_prune.errors import InputError
 from ep_prune.nearest import Facets, nearest_copies
 from ep_prune.numbering import number_channels
 from ep_prune.pipeline import Result, reduce
-from ep_prune.selection import STAYED, Selection, select
+from ep_prune.selection import COPY, DISTINCT, STAYED, Selection, select
 from ep_prune.spaces import Space, longest_axis, spaces, units_along
 from ep_prune.trace import random_state_kept, trace
 from ep_prune.trial import frozen_slots, ranges_of
 
-TOLD_APART = ("distinct and read", "near a copy, but its outgoing weights tell them apart")
+TOLD_APART = (DISTINCT, COPY, "near a copy, but its outgoing weights tell them apart")
 """The reasons of `STAYED` that a nearer copy would do away with."""
 
 SHOWN = 3

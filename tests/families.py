@@ -161,7 +161,9 @@ def _depthwise(draw: Draw, act: type[nn.Module]) -> tuple[nn.Module, Tensor]:
         inner, after = draw.width(), draw.width()
         layers += [nn.Conv2d(before, inner, 1, bias=False), nn.BatchNorm2d(inner), act()]
         layers += [nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), act()]
-        layers += [nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after)] + [act()] * draw.coin()
+        bends = draw.coin()
+        after = after if bends else min(after, inner)  # else they would depend on each other
+        layers += [nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after)] + [act()] * bends
         before = after
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 3)]
     return nn.Sequential(*layers), torch.empty(4, 3, 8, 8)

@@ -51,13 +51,17 @@ def widths(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters() if not name.endswith("bias")}
 
 
-def apart(one: nn.Module, two: nn.Module, program: Program) -> float:
+Draw = Callable[[int], tuple[torch.Tensor, ...]]
+"""Inputs by seed."""
+
+
+def apart(one: nn.Module, two: nn.Module, draw: Draw) -> float:
     """Largest difference of any output, relative to its largest value, on new inputs."""
     worst = 0.0
     for seed in (0, 1):
-        x = example(program, BATCH, seed)
+        x = draw(seed)
         with torch.no_grad():
-            for a, b in zip(one(x), two(x), strict=True):
+            for a, b in zip(one(*x), two(*x), strict=True):
                 if a.shape != b.shape or not bool(b.isfinite().all()):
                     return math.inf
                 worst = max(worst, float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30))
@@ -66,8 +70,13 @@ def apart(one: nn.Module, two: nn.Module, program: Program) -> float:
 
 def check(program: Program) -> Outcome:
     """Take one program through the round trip."""
+    return guarded(lambda: _checked(program))
+
+
+def guarded(test: Callable[[], Outcome]) -> Outcome:
+    """The outcome, or the crash as one."""
     try:
-        return _checked(program)
+        return test()
     except Exception as error:  # whatever goes wrong is a finding
         last = traceback.extract_tb(error.__traceback__)[-1]
         kind = f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"
@@ -75,20 +84,26 @@ def check(program: Program) -> Outcome:
 
 
 def _checked(program: Program) -> Outcome:
-    narrow, x = build(program)
+    narrow, _ = build(program)
+    return checked(narrow, lambda seed: (example(program, BATCH, seed),), program.seed)
+
+
+def checked(narrow: nn.Module, draw: Draw, seed: int) -> Outcome:
+    """Take one network, which returns a tuple of tensors, through the round trip."""
+    x = draw(0)
     first = ep.reduce(narrow, x, verify_result=False, progress=False)
     base = first.model
-    if (change := apart(narrow, base, program)) > LIMIT:
+    if (change := apart(narrow, base, draw)) > LIMIT:
         return Outcome("wrong output of reduce", f"{change:.1e}")
-    kind, critical = KINDS[program.seed % 4], program.seed // 4 % 2 == 0
+    kind, critical = KINDS[seed % 4], seed // 4 % 2 == 0
     critical = critical and kind != "compatible"
-    wide = ep.embed(base, x, kind=kind, critical=critical, factor=2.0, seed=program.seed)
-    if (change := apart(base, wide, program)) > LIMIT:
+    wide = ep.embed(base, x, kind=kind, critical=critical, factor=2.0, seed=seed)
+    if (change := apart(base, wide, draw)) > LIMIT:
         return Outcome("wrong output of embed", f"{change:.1e}")
     planted = sum(math.prod(s) for s in widths(wide).values()) - sum(math.prod(s) for s in widths(base).values())
     second = ep.reduce(wide, x, verify_result=False, progress=False)
     back = second.model
-    if (change := apart(base, back, program)) > LIMIT:
+    if (change := apart(base, back, draw)) > LIMIT:
         return Outcome("wrong output of reduce after embed", f"{change:.1e}")
     barriers = tuple(sorted({why for why in second.report.barriers.values()}))
     wanted, found = widths(base), widths(back)

@@ -117,7 +117,9 @@ MOVES = ("chunk and multiply", "chunk and swap", "shuffle", "pixel shuffle", "pi
 # kernel, stride, padding, dilation, groups (0: depthwise), bias
 CONVS = ("1 1 0 1 1 1", "1 1 0 1 1 0", "3 1 1 1 1 1", "3 1 1 1 1 0", "3 2 1 1 1 1", "3 1 0 1 1 1", "3 1 2 2 1 1",
          "3 1 1 1 0 1", "3 1 1 1 0 0", "3 1 1 1 2 1", "2 2 0 1 1 1")  # fmt: skip
-LAYERS = ("conv", "transposed", "linear", "batch norm", "layer norm", "prelu", "squeeze", "parameter")
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+NORMS = ("batch norm", "layer norm", "group norm", "instance norm", "rms norm")
+LAYERS = ("conv", "transposed", "linear", *NORMS, "prelu", "squeeze", "parameter", "attention", *RECURRENT)
 
 
 class Squeeze(nn.Module):
@@ -129,6 +131,31 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class SelfAttention(nn.Module):
+    """Two heads of `inner` channels each, from (batch, tokens, width) to as much; `causal` or not."""
+
+    def __init__(self, width: int, inner: int, causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.causal = nn.Linear(width, 6 * inner), nn.Linear(2 * inner, width), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        blended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(blended.transpose(1, 2).flatten(2))
+
+
+class Recurrence(nn.Module):
+    """All outputs of a recurrent layer, with the batch first."""
+
+    def __init__(self, kind: str, width: int, inner: int, both_ways: bool) -> None:
+        super().__init__()
+        self.cells = RECURRENT[kind](width, inner, batch_first=True, bidirectional=both_ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.cells(x)[0]
+        return found
 
 
 class PerChannel(nn.Module):
@@ -157,6 +184,16 @@ def _layer(op: Op, x: Tensor) -> nn.Module:
         made = nn.BatchNorm2d(width) if image else nn.BatchNorm1d(width)
     elif op.name == "layer norm":
         made = nn.LayerNorm(x.shape[-1])
+    elif op.name == "group norm":
+        made = nn.GroupNorm(2, width)
+    elif op.name == "instance norm":
+        made = nn.InstanceNorm2d(width, affine=True)
+    elif op.name == "rms norm":
+        made = nn.RMSNorm(x.shape[-1])
+    elif op.name == "attention":
+        made = SelfAttention(width, op.width, op.setting)
+    elif op.name in RECURRENT:
+        made = Recurrence(op.name, width, op.width, op.setting)
     elif op.name == "prelu":
         made = nn.PReLU(width if op.setting else 1)
     elif op.name == "squeeze":
@@ -258,7 +295,7 @@ def generate(seed: int) -> Program:
     def choice(items: Sequence[Any]) -> Any:
         return items[integer(0, len(items) - 1)]
 
-    program = Program(choice(("image", "image", "image", "row", "tokens")), (), (0,), seed)
+    program = Program(choice(("image", "image", "image", "row", "tokens", "tokens")), (), (0,), seed)
     shapes: list[tuple[int, ...]] = [tuple(example(program).shape)]
 
     def attempt(op: Op, outputs: tuple[int, ...] | None = None) -> bool:
@@ -287,6 +324,10 @@ def generate(seed: int) -> Program:
         ]
         width, weight_seed = integer(2, 4), integer(0, 10**6)
         weighted = "conv" if image else "linear"
+        if len(shapes[x]) == 3 and not integer(0, 4):
+            return Op(
+                choice(("attention", "attention", *RECURRENT)), (x,), bool(integer(0, 1)), width, weight_seed
+            )
         kind = choice((weighted, weighted, weighted, "act", "act", "act", "norm", "join", "join", "cat", "pool",
                        "move", "other", "again"))  # fmt: skip
         if kind == "conv":
@@ -296,7 +337,8 @@ def generate(seed: int) -> Program:
         if kind == "act":
             return Op("act", (x,), choice(list(ACTIVATIONS)))
         if kind == "norm":
-            name = choice(("batch norm", "batch norm", "layer norm")) if not image else "batch norm"
+            name = choice(("batch norm", "batch norm", "group norm", "instance norm") if image
+                          else ("batch norm", "batch norm", "layer norm", "rms norm"))  # fmt: skip
             return Op(name, (x,), None, 0, weight_seed)
         if kind == "join":
             return Op("join", (x, choice(same)), choice(list(JOINS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,3 +268,29 @@ def test_a_mask_computed_of_a_table_keeps_constant_values() -> None:
     for head in range(4):
         rows(wide.attention.v, head, 3)[0][0] = 0
     same(wide, ep.reduce(wide, X).model)
+
+
+class Two(nn.Module):
+    """Two attentions that one configuration describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (block(Attention(WAYS["by hand"], size=4)) for _ in range(2))
+        self.back = nn.Linear(3, 5).double()
+        self.config = SimpleNamespace(num_attention_heads=4, head_dim=4, other=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.two(self.back(self.one(x)))
+        return out
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_configuration_follows_where_it_can_hold_the_counts(both: bool) -> None:
+    wide = Two()
+    null_(wide.one.attention, 1)
+    if both:
+        null_(wide.two.attention, 2)
+    result = ep.reduce(wide, X)
+    same(wide, result.model)
+    assert vars(result.model.config) == {"num_attention_heads": 4 - both, "head_dim": 4, "other": 4}
+    assert wide.config.num_attention_heads == 4  # the user's own

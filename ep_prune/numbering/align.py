@@ -175,7 +175,10 @@ def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...])
         rows = Rows.of_atoms(torch.full((count,), ONE)).scaled(torch.zeros(count, dtype=torch.float64))
         some = (values != 0).any(1).nonzero().squeeze(1)
         keys = mix(torch.arange(values.shape[1]), number(str([sizes[a] for a in rest])))
-        atoms, scale, _ = n.intern("pattern", Dense(values[some], keys, error[some]), Freedom.SCALE)
+        stored = None if value.name is None else n.graph.tensors[value.name]
+        if stored is not None and stored.is_floating_point():  # so rounded
+            error[some] = torch.finfo(stored.dtype).eps * values[some].norm(dim=1)
+        atoms, scale, error[some] = n.intern("pattern", Dense(values[some], keys, error[some]), Freedom.SCALE)
         full = torch.zeros(count, 1, dtype=torch.int64)
         coef = torch.zeros(count, 1, dtype=torch.float64)
         full[some, 0], coef[some, 0] = atoms, scale

@@ -104,8 +104,9 @@ def _standardize(op: Standardize, node: Node, n: Numbering) -> Value:
     reason = f"read by a layer norm, which sees all channels, {node.where}"
     n.sink(x, reason)
     place = index_along(x, axis)
-    n.slots.constraints.append(Standardized(x.slots[place.argsort()], reason))
     classes = congruence(Sparse(x.rows, True), Freedom.NONE)
+    order = place.argsort()
+    n.slots.constraints.append(Standardized(x.slots[order], reason, place[classes.leader[order]]))
     for part in (op.weight, op.bias):
         if part is not None:
             n.slots.unify(n.slots.of(str(part.tensor), 0, len(place))[place], x.slots)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ep_prune.channels import Channels, Rows, mix
 from ep_prune.find import Freedom, Sparse, congruence
-from ep_prune.graph import GroupStandardize, Instance, Node, RootMeanSquare
+from ep_prune.graph import GroupStandardize, Instance, MeanSquare, Node, RootMeanSquare, Stencil
 from ep_prune.numbering.align import index_along, on_axis
 from ep_prune.numbering.elementwise import _position_shape, identity_edge, transfer
 from ep_prune.numbering.state import Numbering, Value
+from ep_prune.slots import Isometric
 
 
 @transfer.register(Instance)
@@ -48,14 +49,36 @@ def _group(op: GroupStandardize, node: Node, n: Numbering) -> Value:
 def _root_mean_square(op: RootMeanSquare, node: Node, n: Numbering) -> Value:
     axis = len(node.shape or ()) - 1
     x = on_axis(n, op.x, axis)
-    n.sink(x, f"read by an RMS norm, which sees all channels, {node.where}")
-    some = (x.rows.norm() != 0).nonzero().squeeze(1)
+    some = _squares_count(x, node, n)
     atoms, coef, error = _blank(x)
     if len(some):
         found = n.intern(f"RMS norm {node.name}", Sparse(x.rows[some], True), Freedom.SCALE)
         atoms[some, 0], coef[some, 0], error[some] = found
     rows = Rows(atoms, coef, torch.zeros(len(error), dtype=torch.float64), error)
     return _affine(n, x, rows, axis, op.weight, None)
+
+
+@transfer.register(MeanSquare)
+def _mean_square(op: MeanSquare, node: Node, n: Numbering) -> Value:
+    axis, x = len(op.x.shape or ()) - 1, n.values[op.x]
+    if isinstance(x, Channels) and x.labels.shape[axis] == 1:  # the last axis is one of space
+        squared = node.args[0]
+        return transfer(Stencil(squared, f"{node.op} {node.args[1:]}", (axis,), True), node, n)
+    _squares_count(on_axis(n, op.x, axis), node, n)
+    return n.unknown(node)
+
+
+def _squares_count(x: Channels, node: Node, n: Numbering) -> Tensor:
+    """Keep the channels whose squares a norm sums up; which of their rows are not zero."""
+    reason = f"read by an RMS norm, which sees all channels, {node.where}"
+    n.sink(x, reason)
+    zero = x.rows.norm() == 0
+    some = (~zero).nonzero().squeeze(1)
+    leader, scale = torch.arange(len(zero)), torch.ones(len(zero), dtype=torch.float64)
+    found = congruence(Sparse(x.rows[some], True), Freedom.SCALE)
+    leader[some], scale[some] = some[found.leader], found.scale
+    n.slots.constraints.append(Isometric(x.slots, reason, node.name, leader, scale, zero))
+    return some
 
 
 def _blank(x: Channels) -> tuple[Tensor, Tensor, Tensor]:

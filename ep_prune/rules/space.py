@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ep_prune.graph import Barrier, Extreme, Node, Operation, Pad, Pass, Stencil
+from ep_prune.graph import Barrier, Extreme, MeanSquare, Node, Operation, Pad, Pass, Stencil
 from ep_prune.rules.registry import Tensors, arguments, repeated, rule
 
 
@@ -58,9 +58,19 @@ def reduction(node: Node, tensors: Tensors) -> Operation:
     space = tuple(axis % rank for axis in repeated(axes, 1)) if axes not in (None, []) else tuple(range(rank))
     if call.get("dtype") not in (None, x.dtype):
         return Barrier("a reduction that changes the type")
+    if space == (rank - 1,) and node.op == "aten.mean.dim" and (squared := _squared(x)) is not None:
+        return MeanSquare(squared)
     if node.op == "aten.amax":
         return Extreme(x, _signature(node), space)
     return Stencil(x, _signature(node), space, keeps_constants="mean" in node.op)
+
+
+def _squared(x: Node) -> Node | None:
+    """What a node squares, if it does."""
+    one, *other = x.args or (None,)
+    square = x.op == "aten.square" or (x.op == "aten.pow.Tensor_Scalar" and other == [2])
+    square |= x.op == "aten.mul.Tensor" and other == [one]
+    return one if square and isinstance(one, Node) and one.shape == x.shape and x.tensor is None else None
 
 
 @rule("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest3d.vec",
