@@ -80,4 +80,4 @@ def test_compress_fits_on_copies(monkeypatch):
         "ep_prune.narrowing.augmented", lambda *given: asked.append(augmented(*given)) or asked[-1]
     )
     ep.compress(model, images[:2], calibration=[images], keep_macs=0.5)
-    assert len(asked[0]) == 14  # seven chunks of eight are fitted on
+    assert len(asked[-1]) == 14  # seven chunks of eight are fitted on
