@@ -46,12 +46,12 @@ def augmented(program: Program, readers: Sequence[Reader], chunks: Sequence[Chun
     if copies < 1 or not any(_is_image(value) for value in chunks[0]):
         return list(chunks)
     generator = torch.Generator().manual_seed(seed)
-    found = [_copy(chunk, number % 2 == 0, generator) for number in range(copies) for chunk in chunks]
-    some = [[*chunks][:ASKED], *(found[k * len(chunks) :][:ASKED] for k in range(min(copies, 2)))]
-    return [*chunks, *found] if _alike(program, *some) else list(chunks)
+    found: list[Chunk] = [_copy(chunk, number % 2 == 0, generator) for number in range(copies) for chunk in chunks]
+    each_kind = [found[k * len(chunks) :][:ASKED] for k in range(min(copies, 2))]  # mirrored, and not
+    return [*chunks, *found] if _alike(program, chunks[:ASKED], each_kind) else list(chunks)
 
 
-def _alike(program: Program, chunks: Sequence[Chunk], *copies: Sequence[Chunk]) -> bool:
+def _alike(program: Program, chunks: Sequence[Chunk], copies: Sequence[Sequence[Chunk]]) -> bool:
     """Whether the network tells a sample from its copy much less than from the next sample."""
     apart, different = [0.0] * len(copies), 0.0
     for number, chunk in enumerate(chunks):
