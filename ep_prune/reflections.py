@@ -38,12 +38,10 @@ def reflected(place: Place, n: Numbering, roots: Tensor, pinned: Tensor) -> Mixt
     room = room_of(place, n)
     if len(torch.unique(own)) < len(own) or (room is None and place.op.bias is not None):
         return None
-    everything = case_of(place, n, {}, torch.arange(len(own)), [])
-    rows = torch.cat([everything.wide, everything.bias.unsqueeze(1)], 1)
-    error = n.eps(place.op.weight) * rows.norm(dim=1)
-    some = (error > 0).nonzero().squeeze(1)
+    rows = _rows_of(place, n)
+    some = (rows.error > 0).nonzero().squeeze(1)
     freedom = Freedom.SCALE if act.symmetry.degree == 1 else Freedom.SIGN
-    found = congruence(Dense(rows[some], torch.arange(rows.shape[1]), error[some]), freedom)
+    found = congruence(rows.taken(some), freedom)
     second = (found.scale < 0) & ~pinned[own[some]]
     seconds, mates, ratio = some[second], some[found.leader[second]], -found.scale[second]
     if not len(seconds):
@@ -57,6 +55,20 @@ def reflected(place: Place, n: Numbering, roots: Tensor, pinned: Tensor) -> Mixt
         at[torch.cat([seconds, mates.unique()])] = spot
     case = case_of(place, n, {}, seconds, [places[seconds] for places in where])
     return _with_rank(case, n, where, mates, ratio, room)
+
+
+def _rows_of(place: Place, n: Numbering) -> Dense:
+    """The layer's weights and biases, a row for each unit, cast when they are looked at: the layer may be large."""
+    weight = place.op.layout.canonical(n.graph.tensors[str(place.op.weight.tensor)].detach())[0].flatten(1)
+    bias = torch.zeros(len(weight), dtype=torch.float64) if place.op.bias is None else n.tensor(place.op.bias)
+
+    def rows(index: Tensor) -> Tensor:
+        return torch.cat([weight[index.to(weight.device)].to("cpu", torch.float64), bias[index].unsqueeze(1)], 1)
+
+    keys = torch.arange(weight.shape[1] + 1)
+    plain = Dense(rows, keys, torch.zeros(len(weight), dtype=torch.float64))
+    norm = plain.norm()
+    return Dense(rows, keys, n.eps(place.op.weight) * norm, (norm, plain.project()))
 
 
 def _with_rank(

@@ -294,3 +294,23 @@ def test_a_configuration_follows_where_it_can_hold_the_counts(both: bool) -> Non
     same(wide, result.model)
     assert vars(result.model.config) == {"num_attention_heads": 4 - both, "head_dim": 4, "other": 4}
     assert wide.config.num_attention_heads == 4  # the user's own
+
+
+class OneNumber(nn.Module):
+    """A product of matrices that have one channel, and no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 1), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.relu(self.first(x))
+        out: Tensor = self.head((z @ z).squeeze().reshape(1, 1))
+        return out
+
+
+def test_matrices_without_a_batch_are_left_alone() -> None:
+    wide, x = OneNumber().double(), torch.ones(1, 5, dtype=torch.float64)
+    result = ep.reduce(wide, x)
+    assert torch.equal(wide(x), result.model(x))
+    assert any("single sample" in why for why in result.report.barriers.values())

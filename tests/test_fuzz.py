@@ -38,7 +38,7 @@ def test_code_makes_the_program() -> None:
 
 
 def test_programs_draw_all_operations() -> None:
-    drawn = [op for seed in range(400) for op in generate(seed).ops]
+    drawn = [op for seed in range(600) for op in generate(seed).ops]
     assert {op.name for op in drawn} >= {*LAYERS, "act", "pool", "move", "join", "cat", "mean", "scale"}
     assert {op.setting for op in drawn if op.name == "conv"} == set(CONVS)
     assert {op.setting for op in drawn if op.name == "move"} == set(MOVES)

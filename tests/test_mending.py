@@ -243,3 +243,21 @@ def test_a_round_that_no_rollback_mends_is_given_up_and_named(monkeypatch: pytes
     assert not result.plan.rounds
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), result.model.parameters(), strict=True))
     assert "rolled back" in str(result.report)
+
+
+class Scalars(nn.Module):
+    """A layer of one channel for one sample without a batch, and numbers without axes made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.first(x)
+        return z.sum().abs(), torch.relu(z.squeeze())
+
+
+def test_numbers_without_axes() -> None:
+    model, x = Scalars().double(), torch.randn(3, dtype=F64)
+    narrow = ep.reduce(model, x).model
+    assert all(torch.equal(a, b) for a, b in zip(model(x), narrow(x), strict=True))

@@ -77,8 +77,8 @@ def regroup(
     count = 1
     for size in channel_shape:
         count *= size
-    own = labels.permute(*axes, *rest).reshape(count, -1)
-    seat = places.permute(*axes, *rest).reshape(count, -1)
+    own = labels.permute([*axes, *rest]).reshape(count, -1)
+    seat = places.permute([*axes, *rest]).reshape(count, -1)
     width = own.shape[1]
     here = torch.arange(width)
     single = bool((own == own[:, :1]).all())
@@ -163,7 +163,7 @@ def known_on(n: Numbering, value: Known, like: Channels, shape: tuple[int, ...])
     spread = tensor.expand(sizes)
     rest = [a for a in range(len(shape)) if a not in axes]
     count = math.prod(sizes[a] for a in axes)
-    values = spread.permute(*axes, *rest).reshape(count, -1)
+    values = spread.permute([*axes, *rest]).reshape(count, -1)
     slots = _known_slots(n, value, spread, tensor.shape, axes, rest, count)
     values = torch.cat([values, _rest_of_table(n, value, spread, tensor.shape, axes, rest, count)], 1)
     if computed and axes:
@@ -203,7 +203,7 @@ def _rest_of_table(
     if value.name is None or value.index is None or value.index.numel() == n.graph.tensors[value.name].numel():
         return torch.empty(count, 0, dtype=torch.float64)
     parameter = n.graph.tensors[value.name].detach().to("cpu", torch.float64)
-    places = value.index.reshape(shape).expand(spread.shape).permute(*axes, *rest).reshape(count, -1)
+    places = value.index.reshape(shape).expand(spread.shape).permute([*axes, *rest]).reshape(count, -1)
     whole, stride, cut = places[:, :1], 1, False
     for axis in reversed(range(parameter.ndim)):
         size = parameter.shape[axis]
@@ -231,7 +231,7 @@ def _known_slots(
         return slots
     parameter = n.graph.tensors[value.name]
     index = torch.arange(parameter.numel()) if value.index is None else value.index
-    places = index.reshape(shape).expand(spread.shape).permute(*axes, *rest).reshape(count, -1)
+    places = index.reshape(shape).expand(spread.shape).permute([*axes, *rest]).reshape(count, -1)
     stride = 1
     for axis in reversed(range(parameter.ndim)):
         size = parameter.shape[axis]

@@ -220,6 +220,8 @@ def _taped(n: Numbering, x: Channels) -> Channels:
 
 def _blend(n: Numbering, node: Node, weights: Channels, value: Channels) -> Channels:
     """The mean of `value` over positions by `weights`, head by head."""
+    if min(len(weights.shape), len(value.shape)) < 3:
+        raise Refused("means of a single sample, without a batch")
     w, v, lead = _heads(weights, value)
     w = w.reshape(len(w), -1)
     heads, size = v.reshape(len(v), -1).shape
