@@ -6,7 +6,8 @@
                    the code, the space is named and left alone
     measure        covariances, importances, and for every space the divergence over its width (`curves`)
     allocate       a path of widths down to the budget (`budget`)
-    fit            all weights of the narrow network, front to back, to what the wide one computes (`fitting`)
+    fit            all weights of the narrow network, front to back, to what the wide one computes (`fitting`), on
+                   copies of the inputs, too, where they are images that it answers alike (`augment`)
     check          the narrow model against the same function in wide shapes, and against the wide model on
                    held-out inputs; what has collapsed is said
 

@@ -53,12 +53,14 @@ def fitted(
     chunks: Chunks,
     seed: int,
     step: Step = silent,
+    distinct: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """All weights of the narrow network, in wide shapes, and the error of each on held-out rows (share of
-    variance)."""
+    variance). distinct: after so many chunks come copies of the same samples (`augment`); None: there are none."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(len(chunk[0]) for chunk in chunks)
-    held_out = set(range(len(chunks) - max(1, len(chunks) // 5), len(chunks)))
+    distinct = distinct or len(chunks)
+    held_out = {k for k in range(len(chunks)) if k % distinct >= distinct - max(1, distinct // 5)}
     own: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     by_node = {r.node: r for r in structure.readers if not r.kept_whole}

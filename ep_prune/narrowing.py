@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ep_prune.augment import augmented
 from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Point, Width
@@ -149,7 +150,10 @@ class Work:
             )
 
     def _split(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """Chunks to fit on, to measure curves on (half of these, at most), and held out."""
+        """Chunks to fit on, to measure curves on (half of these, at most), and held out.
+
+        Curves are measured on other samples than their weights are made from: where a weight reads more numbers
+        than there are samples, it would look as if channels could go for nothing."""
         chunks = self.samples.chunks
         held = max(1, len(chunks) // 8)
         fit = chunks[:-held]
@@ -225,7 +229,8 @@ class Work:
             unknown := set(min_width) - {s.name for s in self.structure.spaces}
         ):
             raise InputError(f"min_width names {sorted(unknown)[0]!r}, which is no space that can be narrowed")
-        covariances = moments(self.program, readers, fit, self.seed, self.step)
+        others = augmented(self.program, readers, fit[: -len(measure)] or fit, self.seed)
+        covariances = moments(self.program, readers, others, self.seed, self.step)
         metrics = importances(self.program, readers, fit[:IMPORTANCE_CHUNKS], self.seed, self.step)
         found = curves(self.program, self.structure, covariances, metrics, measure, self.step)
         del covariances, metrics
@@ -295,7 +300,8 @@ class Work:
         narrow = copy.deepcopy(self.reduced.model)
         errors: dict[str, float] = {}
         if not bool(kept.all()):
-            own, errors = fitted(self.program, self.structure, kept, fit, self.seed, self.step)
+            chunks = augmented(self.program, self.structure.readers, fit, self.seed)
+            own, errors = fitted(self.program, self.structure, kept, chunks, self.seed, self.step, len(fit))
             if (why := self._same(kept, own)) is not None:
                 raise VerificationError(
                     f"the narrow model is not what was fitted ({why}): please report this model"

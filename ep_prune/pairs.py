@@ -19,7 +19,7 @@ from ep_prune.graph import Extreme, Item, Node, Normalize, Pass, Pointwise, Sten
 from ep_prune.readers import Reader, Structure
 from ep_prune.rules import kind_of
 
-ROWS = 2**16
+ROWS = 2**17
 """Outputs of the second weight, about, that steps are made of: at fewer places of an image, more images."""
 MEMORY = 2**30
 """Bytes that steps may hold, about; beyond, they are made of fewer images."""

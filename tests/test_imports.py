@@ -64,6 +64,7 @@ LAYERS = (
     "readers",
     "pairs",
     "divergence",
+    "augment",
     "curves",
     "fitting",
     "budget",
