@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ep_prune.embedding import Fold, Heads, Mix, Round
+from ep_prune.embedding import Fold, Heads, Mix, Round, Scale
 from ep_prune.errors import PlanError
 
 
@@ -51,7 +51,8 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         elif fold.new_bias is not None:
             size = fold.layout.canonical(current(fold.weight)).shape[1]
             keep = (fold.groups.unsqueeze(1) * size + fold.outputs).reshape(-1)
-            created.append((fold.new_bias, sent[keep].to(weight)))
+            axis = fold.weight, int(fold.layout.inputs_first)
+            created.append((fold.new_bias, _scaled(sent[keep], axis, step.scales).to(weight)))
         new[fold.weight] = weight
     for cut in step.cuts:
         old = current(cut.tensor)
@@ -83,6 +84,14 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         for config in {id(m.config): m.config for m in modules.values() if hasattr(m, "config")}.values():
             if hasattr(config, "__dict__"):
                 count_heads_(config, step.heads[0])
+
+
+def _scaled(bias: Tensor, axis: tuple[str, int], scales: tuple[Scale, ...]) -> Tensor:
+    """A new bias of a weight whose outputs, along `axis`, are scaled in the same round."""
+    for scale in scales:
+        if (scale.tensor, scale.axis) == axis:
+            bias = bias.index_put((scale.places,), bias[scale.places] * scale.factor)
+    return bias
 
 
 def mixed(mix: Mix, weight: Tensor) -> Tensor:

@@ -109,6 +109,8 @@ def scales_of(n: Numbering, norms: Norms, roots: Tensor, kept: Tensor) -> tuple[
         if bool(((wanted - old).abs() > AGREE * old).any()):
             return None
         factor[own[stays]], known[own[stays]] = wanted, True
+        if bool(((wanted - factor[own[stays]]).abs() > AGREE * wanted).any()):  # tied channels, not alike
+            return None
     if not reading:
         return ()
     walk = _Walk(n)

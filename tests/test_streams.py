@@ -116,6 +116,31 @@ def test_a_tied_head_keeps_the_stream(norm: Callable[[int], nn.Module]) -> None:
     assert all("RMS norm" in reason for reason in why)
 
 
+def test_a_new_bias_is_scaled_with_its_layer() -> None:
+    """A constant hidden unit goes into a bias that the layer did not have, in the round that scales the layer."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(6, WIDTH, bias=False)
+            self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.down(torch.relu(self.up(x)))))
+
+    model = Small()
+    randomize_(model)
+    with torch.no_grad():
+        model.up.weight[2], model.up.bias[2] = 0, 1.5
+        model.down.weight[1], model.down.weight[4] = -2 * model.down.weight[0], 0
+    x = torch.randn(7, 3, dtype=F64)
+    result = ep.reduce(model, x)
+    narrow = result.model
+    assert (narrow.up.out_features, narrow.norm.weight.shape[0]) == (5, WIDTH - 2)
+    assert len(result.plan.rounds) == 1
+    assert relative(model(x), narrow(x)) < 1e-12
+
+
 def test_rms_norm_without_a_gain_keeps_the_stream() -> None:
     model = planted(lambda width: nn.RMSNorm(width, elementwise_affine=False), {2: (0, 0.0)})
     assert ep.reduce(model, TOKENS).model.token.embedding_dim == WIDTH
