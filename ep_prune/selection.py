@@ -100,7 +100,7 @@ def _select(n: Numbering, roots: Tensor, frozen: Tensor | None, norms: Norms) ->
                 _hit_classes(chosen, demand, only_choice)
             for norm in norms:
                 chosen.keep(needed_by(norm, roots, chosen.kept), NORMED)
-            close(chosen)
+            close(chosen, last=not only_choice)
             if only_choice and int(chosen.kept.sum()) > before:
                 break
         if int(chosen.kept.sum()) > before:
@@ -145,8 +145,8 @@ def _copies_but_for_constants(demand: Demand, missing: Tensor, kept: Tensor) -> 
     return member & missing & (first[leader] != here)
 
 
-def close(chosen: Selection) -> None:
-    """Grow the selection until every constraint holds: equal counts, groups, at least one channel."""
+def close(chosen: Selection, last: bool = True) -> None:
+    """Grow the selection until every constraint holds: equal counts, groups, and (last) at least one channel."""
     slots, roots = chosen.numbering.slots, chosen.roots
     while True:
         close_heads(slots.constraints, roots, chosen.kept, chosen.keep)
@@ -161,6 +161,8 @@ def close(chosen: Selection) -> None:
                 _fill(chosen, roots[constraint.many].unsqueeze(0), least.reshape(1))
         if int(chosen.kept.sum()) > before:
             continue
+        if not last:
+            return
         for bound in slots.bound.values():  # last: a head that stays brings its channels along
             if not bool(chosen.kept[roots[bound]].any()):
                 chosen.keep(roots[bound[:1]], "last of its layer")
