@@ -170,16 +170,19 @@ def attempt_round(
     except InputError as error:
         cause = error.__cause__ or error
         return f"a size written in the code does not follow ({' '.join(str(cause).split())[:120]})"
-    if change > state.limit and step.heads and mend:
-        scaled = with_scales(state, narrow, step, example_inputs)
-        if scaled.scales != step.scales:
-            return attempt_round(state, scaled, example_inputs, mend=False)
-    if change > state.limit:
-        return f"the output would change by {change:.1e} (relative, float64)"
+    different = f"the output would change by {change:.1e} (relative, float64)" if change > state.limit else ""
+    if different and not (step.heads and mend):
+        return different
     try:
         graph = trace(narrow, example_inputs)
     except EpPruneError as error:
-        return f"the narrow model does not export ({error})"
+        return different or f"the narrow model does not export ({error})"
+    if step.heads and mend:  # even where the example's outputs are the same: a softmax may be saturated there
+        scaled = with_scales(state, graph, step)
+        if scaled.scales != step.scales:
+            return attempt_round(state, scaled, example_inputs, mend=False)
+    if different:
+        return different
     calls, before = ([n.op for n in _calls(g)] for g in (graph, state.graph))
     return (narrow, graph, step) if calls == before else "the narrow model would run other operators"
 
@@ -192,15 +195,11 @@ def _calls(graph: Graph) -> list[Node]:
 _LAYOUT = ("aten.clone", "aten.contiguous", "aten.view", "aten._unsafe_view", "aten.reshape")
 
 
-def with_scales(state: State, narrow: nn.Module, step: Round, example_inputs: Any) -> Round:
+def with_scales(state: State, graph: Graph, step: Round) -> Round:
     """The round, with queries that make up for scales which the code takes from the size of a head.
 
-    Only the narrow model's own trace tells them: numbers that are not what they were, in attention's layer.
+    Only the narrow model's own trace, `graph`, tells them: numbers that are not what they were, in its layer.
     """
-    try:
-        graph = trace(narrow, example_inputs)
-    except EpPruneError:
-        return step
     calls, before = (_calls(g) for g in (graph, state.graph))
     if [n.op for n in calls] != [n.op for n in before]:
         return step

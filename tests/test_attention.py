@@ -314,3 +314,19 @@ def test_matrices_without_a_batch_are_left_alone() -> None:
     result = ep.reduce(wide, x)
     assert torch.equal(wide(x), result.model(x))
     assert any("single sample" in why for why in result.report.barriers.values())
+
+
+def test_the_scale_is_kept_where_the_example_does_not_show_it() -> None:
+    """All weight is on one key of the example, whatever the scale."""
+    wide = block(Attention(WAYS["size of the keys"], size=4))
+    with torch.no_grad():
+        for layer in (wide.attention.q, wide.attention.k):
+            layer.bias.zero_()
+            layer.weight *= 100
+            layer.weight.view(4, 4, -1)[:, 3] = 0  # a channel of every head
+        wide.attention.o.weight.view(-1, 4, 4)[..., 3] = 0
+    narrow = ep.reduce(wide, 10 * X).model
+    assert narrow.attention.q.out_features == 12
+    x = X * torch.linspace(0, 1e-4, 6, dtype=X.dtype)[:, None]
+    with torch.no_grad():
+        assert float((wide(x) - narrow(x)).abs().max() / wide(x).abs().max()) <= 1e-10
