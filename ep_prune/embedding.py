@@ -46,7 +46,8 @@ class ChannelEmbedding:
         return z @ self.T.T.to(z) + self.t.to(z)
 
     def is_identity(self) -> bool:
-        return self.n == self.k and bool((self.values == 1).all()) and torch.equal(self.wide, self.narrow)
+        whole = self.n == self.k == len(self.values)
+        return whole and bool((self.values == 1).all()) and torch.equal(self.wide, self.narrow)
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,10 @@ from ep_prune.verification import (
 )
 
 
+IDLE = 4
+"""After how many rounds that take nothing selection ends: one may empty a channel that the next one takes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """What `reduce` returns: the narrow model, what was done, and the proof that it is the same function.
@@ -348,7 +352,10 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
         return False
     state.model, state.graph, step = outcome
     state.rounds.append(step)
-    return True
+    size = sum(tensor.numel() for tensor in state.graph.tensors.values())
+    records.idle = records.idle + 1 if size == records.size else 0
+    records.size = size
+    return records.idle < IDLE
 
 
 @dataclass
@@ -359,6 +366,9 @@ class _Records:
     barriers: dict[str, str] = field(default_factory=dict)
     mixed: tuple[Axis, int] | None = None
     """The axis that was folded to its rank last, and how wide it was."""
+    size: int = 0
+    idle: int = 0
+    """How large the model is, and for how many rounds it has been."""
     folded: set[tuple[object, ...]] = field(default_factory=set)
     """Layers whose heads were folded to their ranks, and the shapes of their weights then."""
     left: dict[Axis, Tensor] = field(default_factory=dict)

@@ -207,6 +207,9 @@ def _embed(chosen: Selection, name: str, demand: Demand) -> bool:
     stand_in = first[demand.leader]  # the kept member that represents the class, or n
     members = torch.zeros(n).index_add_(0, demand.leader[varies], torch.ones(int(varies.sum())))
     cancelled = varies & demand.net_zero[demand.leader] & (members[demand.leader] > 1) & demand.foldable
+    if bool((cancelled & kept).any()):  # those whose weights are gone already have nothing left to cancel
+        sent = torch.stack([port.weight.flatten(1).abs().amax(1) for port in demand.ports]).amax(0)
+        cancelled &= ~(kept & (sent == 0))
     merged = varies & ~kept & (stand_in < n) & ~cancelled
     told_apart = (merged | cancelled) & (demand.leader != here)
     if bool(told_apart.any()):
