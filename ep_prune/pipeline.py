@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -20,15 +20,15 @@ from ep_prune.embedding import Round
 from ep_prune.errors import InputError
 from ep_prune.graph import Graph
 from ep_prune.head_mixing import HeadMixture, head_mixtures
-from ep_prune.mixing import Near, mixtures
+from ep_prune.mixing import mixtures
 from ep_prune.modules import fixed_attentions
 from ep_prune.plan import Plan, fingerprint, with_modes_of
 from ep_prune.probes import synthetic_probes
-from ep_prune.report import Report, SpaceRecord
+from ep_prune.records import Records
+from ep_prune.report import Report
 from ep_prune.rewrite import apply_round_
-from ep_prune.selection import DISTINCT, Selection, select, to_round
+from ep_prune.selection import Selection, select, to_round
 from ep_prune.sharing import copy_of, prepare_and_run, unshare_
-from ep_prune.spaces import spaces
 from ep_prune.trace import as_arguments, random_state_kept, trace
 from ep_prune.trial import (
     Axis,
@@ -53,7 +53,6 @@ from ep_prune.verification import (
     verify,
     widened,
 )
-
 
 IDLE = 4
 """After how many rounds that take nothing selection ends: one may empty a channel that the next one takes."""
@@ -125,7 +124,7 @@ def reduce(
             before = cost(wide, example_inputs)
             state.frozen = protected(state.graph, protect) | held_by_their_class(state.model)
             _freeze_unseen_readers(state, example_inputs)
-            records = _Records()
+            records = Records()
             _exact_rounds(state, records, example_inputs, bar)
             if tol > 0:
                 _bounded_round(state, records, example_inputs, tol, bar)
@@ -274,7 +273,7 @@ def _freeze_unseen_readers(state: State, example_inputs: Any) -> None:
     state.frozen |= read_in_training(state.model, state.graph, example_inputs, state.shares)
 
 
-def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any) -> None:
+def _exact_rounds(state: State, records: Records, example_inputs: Any, bar: Any) -> None:
     while True:
         while _selection_round(state, records, example_inputs, bar):
             pass
@@ -284,7 +283,7 @@ def _exact_rounds(state: State, records: _Records, example_inputs: Any, bar: Any
             return
 
 
-def _selection_round(state: State, records: _Records, example_inputs: Any, bar: Any) -> bool:
+def _selection_round(state: State, records: Records, example_inputs: Any, bar: Any) -> bool:
     """Number, select and take one round. What was found out for it is given up at its end."""
     bar.set_postfix_str(f"round {len(state.rounds) + 1}")
     bar.update()
@@ -293,7 +292,7 @@ def _selection_round(state: State, records: _Records, example_inputs: Any, bar: 
     return _settle(state, records, chosen, to_round(chosen), example_inputs)
 
 
-def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+def _head_mixing_round(state: State, records: Records, example_inputs: Any) -> bool:
     """Fold attention's heads to their ranks, all at once, or one by one where that fails; each at most once as
     wide as it is."""
 
@@ -320,7 +319,7 @@ def _head_mixing_round(state: State, records: _Records, example_inputs: Any) -> 
     return take(found) or (len(found) > 1 and any([take([mixture]) for mixture in found]))
 
 
-def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
+def _mixing_round(state: State, records: Records, example_inputs: Any) -> bool:
     """Fold one layer's straight channels to their rank; the rounds after it drop those that are left over."""
     if records.mixed is not None:  # what was folded last: did the rounds since then take what it left?
         last, width = records.mixed
@@ -341,7 +340,7 @@ def _mixing_round(state: State, records: _Records, example_inputs: Any) -> bool:
         state.frozen[axis] = f"rolled back: {outcome}"
 
 
-def _settle(state: State, records: _Records, chosen: Selection, step: Round, example_inputs: Any) -> bool:
+def _settle(state: State, records: Records, chosen: Selection, step: Round, example_inputs: Any) -> bool:
     """Take one round, without the spaces that spoil it; False where nothing is left to take."""
     outcome = attempt_round(state, step, example_inputs) if step else ""
     if step and isinstance(outcome, str):
@@ -358,51 +357,7 @@ def _settle(state: State, records: _Records, chosen: Selection, step: Round, exa
     return records.idle < IDLE
 
 
-@dataclass
-class _Records:
-    """What the report will say of each space, over all rounds."""
-
-    spaces: dict[str, SpaceRecord] = field(default_factory=dict)
-    barriers: dict[str, str] = field(default_factory=dict)
-    mixed: tuple[Axis, int] | None = None
-    """The axis that was folded to its rank last, and how wide it was."""
-    size: int = 0
-    idle: int = 0
-    """How large the model is, and for how many rounds it has been."""
-    folded: set[tuple[object, ...]] = field(default_factory=set)
-    """Layers whose heads were folded to their ranks, and the shapes of their weights then."""
-    left: dict[Axis, Tensor] = field(default_factory=dict)
-    """By axis, the channels that the last fold left unread: they are linear, not null."""
-
-    near: Near = field(default_factory=dict)
-    """By axis, how many channels a lower rank would do without, and why they stay."""
-
-    def name_near(self) -> None:
-        """Say of channels that are linear in others, and stay all the same, why."""
-        for (weight, _), (count, why) in self.near.items():
-            for space in self.spaces.values():
-                own = space.stayed.get(DISTINCT, 0)
-                if weight in space.producers and (some := min(count, own - 1)) > 0:
-                    space.stayed[DISTINCT] -= some
-                    space.stayed[why] = space.stayed.get(why, 0) + some
-
-    def add(self, chosen: Selection, frozen: Mapping[Axis, str]) -> None:
-        """Bring the records up to date with one more round."""
-        self.barriers.update(chosen.numbering.barriers)
-        left, self.left = self.left, {}
-        for space in spaces(chosen, left):
-            stayed = dict(space.stayed)
-            reasons = {frozen[axis] for axis in space.axes if axis in frozen}
-            if reasons and "rolled back or protected" in stayed:
-                stayed["; ".join(sorted(reasons))] = stayed.pop("rolled back or protected")
-            gone, before = dict(space.gone), space.before
-            if (record := self.spaces.get(space.name)) is not None:
-                gone = {kind: count + record.gone.get(kind, 0) for kind, count in gone.items()}
-                before = record.before
-            self.spaces[space.name] = SpaceRecord(space.name, space.producers, before, space.after, gone, stayed)
-
-
-def _bounded_round(state: State, records: _Records, example_inputs: Any, tol: float, bar: Any) -> None:
+def _bounded_round(state: State, records: Records, example_inputs: Any, tol: float, bar: Any) -> None:
     """Grow the local threshold while the measured change of the output stays under `tol`; keep the narrowest.
 
     One threshold for all, grown by factors of 10 and refined by bisection. Synthetic probes do not reach what

@@ -50,6 +50,7 @@ LAYERS = (
     "widen",
     "probes",
     "report",
+    "records",
     "consumers",
     "elimination",
     "gauge",
