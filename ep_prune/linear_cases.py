@@ -77,7 +77,7 @@ def consumer_folds(case: Case, back: Tensor, t: Tensor) -> tuple[Fold, ...] | No
     """The consumers through back (s, r) times the first r channels, plus t (s,); None where t cannot be."""
     folds = []
     for demand, spot in zip(case.place.consumers, case.spots, strict=True):
-        fold = consumer_fold(demand, spot, back, t)
+        fold = _consumer_fold(demand, spot, back, t)
         if fold is None:
             return None
         folds.append(fold)
@@ -153,9 +153,8 @@ def least_rank(product: Tensor, count: int, rounding: float) -> Ranked | None:
         return None
     left, value, right = torch.linalg.svd(product, full_matrices=False)
 
-    def lost(
-        rank: int,
-    ) -> float:  # the part that is dropped: of a full rank nothing is, whatever the rounding here
+    def lost(rank: int) -> float:
+        # The part that is dropped: of a full rank nothing is, whatever the rounding here.
         return float(((left[:, rank:] * value[rank:]) @ right[rank:]).abs().sum(1).max())
 
     def least(enough: float) -> int:
@@ -173,10 +172,9 @@ def least_rank(product: Tensor, count: int, rounding: float) -> Ranked | None:
     return Ranked(rank, lost(rank), (left[:, :rank] / value[:rank]).T)
 
 
-def consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fold | None:
+def _consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fold | None:
     """The consumer through h = R v + t at all the places where the channels stand."""
-    port, n = demand.port, len(demand.roots)
-    layout, (count, rank) = port.op.layout, back.shape
+    n, (count, rank) = len(demand.roots), back.shape
     offset = torch.zeros(n, dtype=torch.float64)
     offset[spot] = t.unsqueeze(1).expand_as(spot)
     if bool((t != 0).any()) and not demand.can_fold(offset):
@@ -188,14 +186,12 @@ def consumer_fold(demand: Demand, spot: Tensor, back: Tensor, t: Tensor) -> Fold
     wide = torch.cat([rest, spot.unsqueeze(1).expand(shape).reshape(-1)])
     narrow = torch.cat([rest, spot[:rank].unsqueeze(0).expand(shape).reshape(-1)])
     values = torch.cat([torch.ones(len(rest), dtype=torch.float64), back.unsqueeze(2).expand(shape).reshape(-1)])
-    room = (demand.bias, demand.mean, demand.new_bias) if bool((offset != 0).any()) else (None,) * 3
-    outputs = port.shape[1]
-    return Fold(
-        port.name,
-        layout,
-        ChannelEmbedding(n, n, wide, narrow, values, offset),
-        torch.zeros(1, dtype=torch.int64),
-        torch.arange(outputs).unsqueeze(0),
-        outputs,
-        *room,
-    )
+    return whole_fold(demand, ChannelEmbedding(n, n, wide, narrow, values, offset))
+
+
+def whole_fold(demand: Demand, embedding: ChannelEmbedding) -> Fold:
+    """A consumer without groups through `embedding`; all of its outputs stay."""
+    room = (demand.bias, demand.mean, demand.new_bias) if bool((embedding.t != 0).any()) else (None,) * 3
+    outputs, group = demand.port.shape[1], torch.zeros(1, dtype=torch.int64)
+    layout = demand.port.op.layout
+    return Fold(demand.port.name, layout, embedding, group, torch.arange(outputs).unsqueeze(0), outputs, *room)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class _Behind:
 
     act: Node | None = None
     norm: Normalize | None = None
-    readers: list[tuple[Contract, Node]] | None = None
+    readers: list[Contract] = field(default_factory=list)
     through: Node | None = None
     bent: bool = False
 
@@ -65,7 +65,7 @@ def place_of(node: Node, n: Numbering, needs: Mapping[str, Demand]) -> Place | N
     behind = _behind(node, n.graph)
     if behind.bent or behind.through is not None or not behind.readers:
         return None
-    consumers = {str(reader.weight.tensor): needs.get(str(reader.weight.tensor)) for reader, _ in behind.readers}
+    consumers = {str(reader.weight.tensor): needs.get(str(reader.weight.tensor)) for reader in behind.readers}
     found = [demand for demand in consumers.values() if demand is not None]
     good = len(found) == len(consumers) and all(d.foldable and len(d.ports) == 1 for d in found)
     return Place(node, op, behind.act, behind.norm, tuple(found)) if good else None
@@ -80,7 +80,9 @@ def dependent(node: Node, graph: Graph) -> tuple[int, str] | None:
     behind = _behind(node, graph)
     if behind.bent or behind.act is not None or behind.through is None or not behind.readers:
         return None
-    rows = op.layout.canonical(graph.tensors[str(op.weight.tensor)].double())[0].flatten(1)
+    rows = op.layout.canonical(graph.tensors[str(op.weight.tensor)].detach().to("cpu", torch.float64))[0].flatten(
+        1
+    )
     value = torch.linalg.svdvals(rows)
     rank = int((value > NEARLY * value.max().clamp_min(1e-300)).sum())
     return (len(rows) - rank, behind.through.op) if rank < len(rows) else None
@@ -104,8 +106,7 @@ def _written(node: Node, graph: Graph) -> Contract | None:
 
 def _behind(node: Node, graph: Graph) -> _Behind:
     """Walk from a weight's output to the weights that read it."""
-    found, users, outputs = _Behind(readers=[]), graph.users(), set(graph.outputs)
-    assert found.readers is not None
+    found, users, outputs = _Behind(), graph.users(), set(graph.outputs)
     waiting, seen = [node], {node}
     while waiting:
         at = waiting.pop()
@@ -116,13 +117,13 @@ def _behind(node: Node, graph: Graph) -> _Behind:
             kind: Operation = kind_of(reader, graph)
             alone = len(seen) == 1 and len(users[at]) == 1
             if isinstance(kind, Contract) and kind.x is at and kind.layout.groups == 1 and kind.weight.tensor:
-                found.readers.append((kind, reader))
+                found.readers.append(kind)
                 continue
             if isinstance(kind, Pointwise) and alone:
                 found.act = reader
             elif isinstance(kind, Normalize) and kind.x is at and alone:
                 found.norm = kind
-            elif _is_linear(kind, at, graph):
+            elif _is_linear(kind, at):
                 found.through = reader
             elif not (isinstance(kind, Pass | Move | Cat) or (isinstance(kind, Stencil) and kind.keeps_constants)):
                 found.bent = True
@@ -133,7 +134,7 @@ def _behind(node: Node, graph: Graph) -> _Behind:
     return found
 
 
-def _is_linear(kind: Operation, at: Node, graph: Graph) -> bool:
+def _is_linear(kind: Operation, at: Node) -> bool:
     """Whether an operation that no fold goes through bends nothing either."""
     if isinstance(kind, Product):
         other = kind.y if kind.x is at else kind.x

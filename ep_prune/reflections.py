@@ -18,7 +18,7 @@ from ep_prune.demand import Demand
 from ep_prune.embedding import ChannelEmbedding, Fold, Mix, Round
 from ep_prune.find import MARGIN, Dense, Freedom, congruence
 from ep_prune.graph import Pointwise
-from ep_prune.linear_cases import Case, Mixture, case_of, least_rank, read_by, room_of, spots_of
+from ep_prune.linear_cases import Case, Mixture, case_of, least_rank, read_by, room_of, spots_of, whole_fold
 from ep_prune.linear_places import Place
 from ep_prune.numbering import Numbering
 from ep_prune.rules import kind_of
@@ -115,7 +115,7 @@ def _with_rank(
 
 def _fold(demand: Demand, places: Tensor, rows: Tensor, mates: Tensor, ratio: Tensor, back: Tensor) -> Fold:
     """A consumer that reads every second unit as its mate and what the new units say of the residue."""
-    count, (m, rank), port = len(demand.roots), back.shape, demand.port
+    count, (m, rank) = len(demand.roots), back.shape
     others = torch.ones(count, dtype=torch.bool)
     others[places[rows].reshape(-1)] = False
     rest = others.nonzero().squeeze(1)
@@ -127,11 +127,9 @@ def _fold(demand: Demand, places: Tensor, rows: Tensor, mates: Tensor, ratio: Te
         wide.append(places[rows].unsqueeze(1).expand(shape).reshape(-1))
         narrow.append(places[rows[first : first + rank]].unsqueeze(0).expand(shape).reshape(-1))
         values.append(sign * back.unsqueeze(2).expand(shape).reshape(-1))
-    outputs = port.shape[1]
     zero = torch.zeros(count, dtype=torch.float64)
-    embedding = ChannelEmbedding(count, count, torch.cat(wide), torch.cat(narrow), torch.cat(values), zero)
-    whole = torch.arange(outputs).unsqueeze(0)
-    return Fold(port.name, port.op.layout, embedding, torch.zeros(1, dtype=torch.int64), whole, outputs)
+    parts = torch.cat(wide), torch.cat(narrow), torch.cat(values)
+    return whole_fold(demand, ChannelEmbedding(count, count, *parts, zero))
 
 
 def _is_even_plus_linear(act: Pointwise) -> bool:

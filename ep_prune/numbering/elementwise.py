@@ -362,15 +362,8 @@ def _stencil(op: Stencil, node: Node, n: Numbering) -> Value:
     labels = _without_axes(x, op.space, node)
     signature = number(f"{op.signature} at {_position_shape(x)}")
     rows = x.rows.mapped(signature, op.keeps_constants)
-    return n.record(
-        replace(
-            x,
-            shape=x.shape if node.shape is None else node.shape,
-            labels=labels,
-            rows=rows,
-            edges=identity_edge(x),
-        )
-    )
+    shape = x.shape if node.shape is None else node.shape
+    return n.record(replace(x, shape=shape, labels=labels, rows=rows, edges=identity_edge(x)))
 
 
 @transfer.register(Extreme)
@@ -391,15 +384,8 @@ def _extreme(op: Extreme, node: Node, n: Numbering) -> Value:
         atoms[some, 0], coef[some, 0], spread = n.intern(signature, Sparse(x.rows[some], False), Freedom.POSITIVE)
         error[some] = (error[some].square() + spread.square()).sqrt()
     rows = Rows(atoms, coef, x.rows.offset, error)
-    return n.record(
-        replace(
-            x,
-            shape=x.shape if node.shape is None else node.shape,
-            labels=labels,
-            rows=rows,
-            edges=identity_edge(x),
-        )
-    )
+    shape = x.shape if node.shape is None else node.shape
+    return n.record(replace(x, shape=shape, labels=labels, rows=rows, edges=identity_edge(x)))
 
 
 def _without_axes(x: Channels, space: tuple[int, ...], node: Node) -> Tensor:
