@@ -68,6 +68,10 @@ def add_options(added: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=SAMPLES, metavar="N",
         help=f"calibration samples to use, at most (default: {SAMPLES})",
     )  # fmt: skip
+    added.add_argument(
+        "--fold-batch-norm", action="store_true",
+        help="fold every batch norm into the layer before it: the same function, faster, not for training",
+    )  # fmt: skip
 
 
 def run_compress(options: argparse.Namespace) -> None:
@@ -94,6 +98,7 @@ def run_compress(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
         replace_modules=options.replace_modules,
+        fold_batch_norm=options.fold_batch_norm,
     )
     publish(_writers(options, result))
     print(result.report)

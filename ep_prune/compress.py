@@ -35,6 +35,7 @@ from ep_prune.cost import Cost
 from ep_prune.errors import InputError
 from ep_prune.latency import latency_of
 from ep_prune.narrowing import Held, Work
+from ep_prune.norm_folding import fold_norms_
 from ep_prune.pipeline import Result, reduce
 from ep_prune.plan import Plan, with_modes_of
 from ep_prune.rewrite import apply_round_
@@ -72,6 +73,7 @@ def compress(
     seed: int = 0,
     progress: bool | None = None,
     replace_modules: bool = False,
+    fold_batch_norm: bool = False,
 ) -> Compressed:
     """Narrow a trained model to a budget and refit what reads the channels that stay. No labels, no training.
 
@@ -95,6 +97,8 @@ def compress(
         progress: show a progress bar; by default on a terminal only.
         replace_modules: exchange modules that cannot hold fewer heads, as `reduce` does; without it, they are kept
             and named.
+        fold_batch_norm: fold every batch norm, an affine map at inference, into the layer before it, and leave
+            `nn.Identity` in its place: the same function, faster, and no longer for training.
 
     Raises:
         InputError: the model, the inputs or the budget cannot be used; a budget that cannot be met names the least
@@ -113,6 +117,8 @@ def compress(
             reduced = reduce(wide, example_inputs, protect=protect, seed=seed, verify_result=False, progress=False)
             reduced = replace(reduced, plan=replace(reduced.plan, replace_modules=replace_modules))
             work = Work.of(wide, reduced, example_inputs, calibration, protect, samples, seed, bar, notes)
+            if fold_batch_norm:
+                work.fold_norms()
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)
             narrow, plan, held = work.narrow(path, state)
@@ -189,6 +195,7 @@ def _fast_enough(work: Work, path: Path, asked: Asked, good: Callable[[Tensor], 
         narrow = copy.deepcopy(work.model)
         kept = path.kept(state)
         apply_round_(narrow, work.structure.round(kept, work.masked(kept)))
+        fold_norms_(narrow, work.norms)
         return latency_of(narrow.to(dtype), work.example) > asked.latency  # type: ignore[operator]
 
     last_slow = path.search(too_slow, 12)

@@ -27,6 +27,7 @@ from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import fitted
 from ep_prune.latency import latency_of
+from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint
 from ep_prune.probes import synthetic_probes
@@ -67,6 +68,7 @@ class Work:
         self.fits: dict[tuple[int, ...], tuple[nn.Module, Plan, Held]] = {}
         self.course: tuple[Point, ...] = ()
         self.trials: list[Point] = []
+        self.norms: tuple[Pair, ...] = ()
 
     @staticmethod
     def of(
@@ -104,6 +106,16 @@ class Work:
     program: Program
     structure: Structure
     frozen: dict[tuple[str, int], str]
+
+    def fold_norms(self) -> None:
+        """Have all narrow models' batch norms folded, where that changes nothing, and say how many they are."""
+        self.norms = foldable(self.model, self.program.graph)
+        all_ = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        stay = all_ - len(self.norms)
+        self.notes.append(
+            f"{len(self.norms)} batch norms folded into the layers before them"
+            + (f"; {stay} stay: no plain layer before them that nothing else reads" if stay else "")
+        )
 
     def step(self, text: str) -> None:
         self.bar.set_postfix_str(text)
@@ -309,7 +321,9 @@ class Work:
             step = self.structure.round(kept, own)
             apply_round_(narrow, step)
             rounds.append(step)
-        plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=fingerprint(self.wide.state_dict()))
+        fold_norms_(narrow, self.norms)
+        made_for = fingerprint(self.wide.state_dict())
+        plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=made_for, norms=self.norms)
         return narrow, plan, self._held(narrow, held, errors)
 
     def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> Held:

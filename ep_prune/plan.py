@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Heads, Mix, Refit, Round, Scale
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
+from ep_prune.norm_folding import Pair, fold_norms_
 from ep_prune.rewrite import apply_round_
 from ep_prune.trace import prepare
 from ep_prune.verification import verify
@@ -34,6 +35,8 @@ class Plan:
     """The box (lo, hi) of inputs on which the narrow model is the same, as nested lists; None: everywhere."""
     replace_modules: bool = False
     """Whether modules that cannot hold the new sizes were exchanged first."""
+    norms: tuple[Pair, ...] = ()
+    """Batch norms that were folded into the layers before them, after the rounds: (layer, batch norm)."""
 
     @property
     def fitted(self) -> bool:
@@ -56,11 +59,16 @@ class Plan:
                 "these are not the weights that the plan was made for: reduce this model, or pass recheck=inputs"
             )
         narrow = copy.deepcopy(wide)
-        for step in self.rounds:
-            apply_round_(narrow, step)
+        self.apply_(narrow)
         if not own:
             verify(wide, narrow, recheck, domain=self.domain).raise_if_different()
         return with_modes_of(model, narrow)
+
+    def apply_(self, wide: nn.Module) -> None:
+        """Make a prepared wide model narrow, in place; nothing is checked."""
+        for step in self.rounds:
+            apply_round_(wide, step)
+        fold_norms_(wide, self.norms)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a safetensors file."""
@@ -132,19 +140,22 @@ class Plan:
             }
             for step in self.rounds
         ]
-        header = {"version": 5, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
+        version = 6 if self.norms else 5  # as old as can be, for those who read it
+        header = {"version": version, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
         if self.replace_modules:
             header["replace_modules"] = True
+        if self.norms:
+            header["norms"] = self.norms
         return tensors, json.dumps(header)
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") not in (2, 3, 4, 5):
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 5")
+        if data.get("version") not in (2, 3, 4, 5, 6):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 6")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -193,7 +204,8 @@ class Plan:
             for step in data["rounds"]
         )
         exchanged = bool(data.get("replace_modules"))
-        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"), exchanged)
+        norms = tuple((str(layer), str(norm)) for layer, norm in data.get("norms", ()))
+        return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"), exchanged, norms)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

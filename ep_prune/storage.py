@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ep_prune.errors import InputError, PlanError
 from ep_prune.plan import Plan, fingerprint
-from ep_prune.rewrite import apply_round_, resize_
+from ep_prune.rewrite import resize_
 from ep_prune.trace import prepare
 
 
@@ -93,8 +93,7 @@ def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
     plan = Plan.from_tensors(tensors, metadata["ep_prune.plan"])
     wide, _ = prepare(factory(), plan.replace_modules)
     narrow = wide
-    for step in plan.rounds:
-        apply_round_(narrow, step)
+    plan.apply_(narrow)
     state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     state |= {name: state[kept] for name, kept in json.loads(metadata.get("ep_prune.ties", "{}")).items()}
     if "ep_prune.wide" in metadata:

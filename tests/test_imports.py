@@ -34,6 +34,7 @@ LAYERS = (
     "streams",
     "selection",
     "rewrite",
+    "norm_folding",
     "spaces",
     "linear_places",
     "linear_cases",
