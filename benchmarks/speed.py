@@ -11,13 +11,15 @@ Each network is compressed twice, with `round_to=8` and without rounding, and ke
 (`bench-out/speed`): timing can be repeated without compressing again (delete the files to compress anew; files
 of other weights are not taken).
 
-The wide and both narrow networks are then timed turn about, contiguous and channels-last, so that whatever else
-the machine does hits all of them. A turn is a call that is not timed, since the caches hold another network by
-then, and a block of calls that is: blocks are long beside the slices in which a busy machine deals out time, or
-else short calls would slip through whole, long ones would not, and the narrow network would seem faster than it
-is. Speed-up: the wide network in its faster layout over the narrow one in its own, medians over turns; beside it
-the quartiles of the same ratio turn by turn. Where the goal lies between these, the figure decides nothing, and
-that is said. Where torch sees a GPU, it is timed, too.
+The wide and the narrow networks are then timed turn about, the wide one and that of `round_to=8` also with their
+batch norms folded into the convolutions (what `compress` leaves with `fold_batch_norm=True`), contiguous and
+channels-last, so that whatever else the machine does hits all of them. A turn is a call that is not timed, since
+the caches hold another network by then, and a block of calls that is: blocks are long beside the slices in which a
+busy machine deals out time, or else short calls would slip through whole, long ones would not, and the narrow
+network would seem faster than it is. Speed-up: the wide network in its faster layout over the narrow one in its
+own, medians over turns; beside it the quartiles of the same ratio turn by turn. Where the goal lies between these,
+the figure decides nothing, and that is said. The folded narrow network is set against the wide one as it was given
+and against the folded wide one. Where torch sees a GPU, it is timed, too.
 
 Written to `results.json` and `table.md` in `--out`. Where the goal is missed, that is said. Exit code 1 only for
 what is wrong: more MACs than allowed, a narrowed width that is no multiple of 8, or outputs that are not finite.
@@ -45,11 +47,12 @@ from tqdm import tqdm
 import ep_prune
 from benchmarks.cifar.networks import CALIBRATION, NETWORKS, zoo
 from benchmarks.common import machine, names_of
-from benchmarks.speed_table import table
+from benchmarks.speed_table import FOLDED, table
 from benchmarks.wide_networks import noise, vgg16, wide_resnet
 from ep_prune.cost import cost
+from ep_prune.norm_folding import fold_norms_, foldable
 from ep_prune.plan import Plan, fingerprint
-from ep_prune.trace import prepare
+from ep_prune.trace import prepare, trace
 
 GOAL = 1.6
 KEEP = 0.5
@@ -121,13 +124,13 @@ class Timing:
         """Those of the layout with the smaller median."""
         return min(self.times[model].values(), key=statistics.median)
 
-    def faster(self, model: str) -> float:
-        """How many times faster than the wide model, each in its own faster layout."""
-        return statistics.median(self.best("wide")) / statistics.median(self.best(model))
+    def faster(self, model: str, than: str = "wide") -> float:
+        """How many times faster than another model, the wide one, each in its own faster layout."""
+        return statistics.median(self.best(than)) / statistics.median(self.best(model))
 
-    def spread(self, model: str) -> tuple[float, float]:
+    def spread(self, model: str, than: str = "wide") -> tuple[float, float]:
         """The quartiles of the same ratio, turn by turn."""
-        ratios = [wide / own for wide, own in zip(self.best("wide"), self.best(model), strict=True)]
+        ratios = [wide / own for wide, own in zip(self.best(than), self.best(model), strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         return low, high
 
@@ -194,6 +197,13 @@ def wrong(measured: Measured) -> list[str]:
     return lines
 
 
+def folded(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy whose batch norms went into the layers before them, as `compress(fold_batch_norm=True)` leaves it."""
+    working = prepare(model)[0]
+    fold_norms_(working, foldable(working, trace(working, example)))
+    return working
+
+
 # ---- the clock ----------------------------------------------------------------------------------------------
 
 
@@ -237,11 +247,15 @@ def timed(models: dict[str, nn.Module], images: Tensor, device: str, seconds: fl
         for layout, memory in LAYOUTS.items():
             placed = _placed(model, device, memory)
             x = images.to(device, memory_format=memory)
-            if not bool(placed(x).isfinite().all()):
-                raise ArithmeticError(f"the outputs of the model {name} are not finite")
+            _check(name, placed, x)
             calls[name, layout] = partial(_call, placed, x)
     times = turn_about(calls, seconds)
     return Timing(device, len(images), {name: {key: times[name, key] for key in LAYOUTS} for name in models})
+
+
+def _check(name: str, model: nn.Module, x: Tensor) -> None:
+    if not bool(model(x).isfinite().all()):
+        raise ArithmeticError(f"the outputs of the model {name} are not finite")
 
 
 def _placed(model: nn.Module, device: str, memory: torch.memory_format) -> nn.Module:
@@ -266,6 +280,10 @@ def measure(network: Network, count: int, seconds: float, out: Path) -> Measured
         narrow, figures = compressed(network, wide, count, round_to, out / "models")
         found.narrow.append(figures)
         models[f"round_to={round_to}"] = narrow
+    example = network.images(0, 4)
+    for name, model in models.items():
+        _check(name, model, example)
+    models |= {f"{name}{FOLDED}": folded(models[name], example) for name in ("wide", f"round_to={ROUND}")}
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for batch in BATCHES:
             found.timings.append(timed(models, network.images(1, batch), device, seconds))

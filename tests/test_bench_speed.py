@@ -82,6 +82,23 @@ def test_verdicts(wide, said):
     assert line.endswith(said) or "repeat" in said
 
 
+def test_folded_models_are_set_against_both_wide_ones():
+    found = timing([4.0, 4.0, 4.0], [3.0, 3.0, 3.0])
+    for name, took in (("wide, folded", 3.0), ("round_to=8, folded", 2.0)):
+        found.times[name] = {"contiguous": [took] * 3, "channels-last": [5.0] * 3}
+    lines = verdicts([speed.Measured("net", 10, 10, None, timings=[found])], 1.6)
+    assert [line.partition(":")[2].split("x")[0].strip() for line in lines] == ["1.33", "2.00", "1.50"]
+
+
+def test_norms_are_folded_in_a_copy():
+    model, x = wide_resnet(10, 1), noise(2, 4)
+    found = speed.folded(model, x)
+    kept = sum(isinstance(m, nn.BatchNorm2d) for m in found.modules())
+    assert kept < sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), model(x), rtol=1e-3, atol=1e-4)
+
+
 def narrow(macs: int, width: int, exact: int = 16) -> speed.Narrow:
     return speed.Narrow(8, macs, 1, [("conv", 16, exact, width)], 1.0, 4, None)
 
@@ -141,7 +158,7 @@ def test_networks_are_compressed_once_and_timed(tmp_path, monkeypatch, capsys):
     assert all(0 < one["macs"] <= 0.5 * found["macs"] for one in found["narrow"])
     assert found["accuracy"] == 100 and [one["images"] for one in document["speed-up and its quartiles"]] == [1, 2]
     text = (tmp_path / "table.md").read_text()
-    assert text.count("| tiny | cpu |") == 2 and text.count("* tiny, cpu, ") == 2 and "100.0 -> " in text
+    assert text.count("| tiny | cpu |") == 4 and text.count("* tiny, cpu, ") == 6 and "100.0 -> " in text
     assert speed.main(arguments) == 0 and calls == [8, 1]  # from its files
     assert json.loads((tmp_path / "results.json").read_text())["networks"][0]["narrow"] == found["narrow"]
     monkeypatch.setattr(speed, "KEEP", 0.1)
