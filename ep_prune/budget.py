@@ -3,8 +3,8 @@
 Every space has a curve, the divergence of the outputs over the channels that it has given up (`curves.Curve`).
 Channels go where the divergence grows least for each multiply-accumulate (or parameter) that it saves, at the
 widths that the other spaces have by then: costs are products of widths, so what a channel saves changes on the
-way. Looking several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is
-given back.
+way. For a latency it is milliseconds that they save, by a table of what layers take here (`layer_times`). Looking
+several channels ahead steps over bumps of a curve. What the last, coarse step saved too much is given back.
 
 The states on the way form a path from wide to narrow; budgets that are not counted but measured (`tol`, `latency`,
 `max_drop`) look for their place on it (`Path.search`).
@@ -23,10 +23,15 @@ from torch import Tensor, nn
 from ep_prune.calibrate import positions
 from ep_prune.curves import Curve
 from ep_prune.errors import InputError
+from ep_prune.layer_times import LayerTimes
 from ep_prune.readers import Structure
 
 AHEAD = (1, 2, 4, 8)
 """How many of the allowed widths further down a step may go."""
+
+
+UNMEASURED = 0.1
+"""What multiply-accumulates count beside measured milliseconds, by which a step may seem to save nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,10 @@ class Counts:
     areas: Tensor
     owned: Tensor
     single: Tensor
+    times: LayerTimes | None
 
     @staticmethod
-    def of(structure: Structure, curves: Sequence[Curve]) -> Counts:
+    def of(structure: Structure, curves: Sequence[Curve], times: LayerTimes | None = None) -> Counts:
         readers = structure.readers
         groups = torch.tensor([r.op.layout.groups for r in readers])
         widths = torch.tensor([len(r.roots) for r in readers])
@@ -130,13 +136,16 @@ class Counts:
             taps.double() / groups,
             torch.tensor([r.name in structure.parameters for r in readers]),
             (widths == groups) & (groups > 1),
+            times,
         )  # fmt: skip
 
-    def costs(self, lost_in: Tensor, lost_out: Tensor, lost_rest: Tensor) -> tuple[Tensor, Tensor]:
-        """(...,) multiply-accumulates and parameters, of losses (..., readers) and (...,)."""
+    def costs(self, lost_in: Tensor, lost_out: Tensor, lost_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(...,) multiply-accumulates, parameters and milliseconds (0 without a table), of losses (..., readers)
+        and (...,)."""
         n_in, n_out = self.base[0] - lost_in, self.base[1] - lost_out
         size = torch.where(self.single, n_out * self.areas * self.base[0], n_in * n_out * self.areas)
-        return (size * self.places).sum(-1), (size * self.owned).sum(-1) + self.base[2] - lost_rest
+        taken = torch.zeros(lost_rest.shape) if self.times is None else self.times.at(n_in, n_out)
+        return (size * self.places).sum(-1), (size * self.owned).sum(-1) + self.base[2] - lost_rest, taken
 
 
 def _cumulative(places: Tensor, count: int) -> Tensor:
@@ -210,13 +219,19 @@ def allowed_widths(
 
 
 def descend(
-    structure: Structure, curves: Sequence[Curve], allowed: Sequence[Tensor], budget: Budget | None
+    structure: Structure,
+    curves: Sequence[Curve],
+    allowed: Sequence[Tensor],
+    budget: Budget | None,
+    times: LayerTimes | None = None,
 ) -> Path:
     """The path down to a budget, the last state within it; or, without one, to where nothing more can go.
 
+    times: what layers take; with it, and without a budget, it is milliseconds that are to be saved.
+
     Raises `InputError` with the least that can be reached where the budget cannot be met.
     """
-    counts = Counts.of(structure, curves)
+    counts = Counts.of(structure, curves, times)
     losses = [curve.losses() for curve in curves]
     at = [0] * len(curves)  # places in `allowed`
     path = Path(structure, curves, [torch.zeros(len(curves), dtype=torch.int64)])
@@ -236,11 +251,10 @@ def descend(
         )
         return tuple(torch.stack(p).sum(0) if p else z for p, z in zip(picked, zeros, strict=True))  # type: ignore[return-value]
 
-    def options(steps: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
-        """(space, place) one can move to, with the change of divergence, MACs and parameters."""
+    def options(steps: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+        """(space, place) one can move to, with the change of divergence and what that saves (`_price`)."""
         now = state()
         base = totals(now)
-        macs, size = counts.costs(*base)
         moves, deltas, change = [], [], []
         for s, (a, k) in enumerate(zip(allowed, at, strict=True)):
             for step in steps:
@@ -252,18 +266,17 @@ def descend(
                     )
                     change.append(float(losses[s][new] - losses[s][old]))
         if not moves:
-            return [], torch.empty(0), torch.empty(0), torch.empty(0)
-        stacked = [torch.stack([d[k] for d in deltas]) + base[k] for k in range(3)]
-        found = counts.costs(*stacked)
-        return moves, torch.tensor(change, dtype=torch.float64), macs - found[0], size - found[1]
+            return [], torch.empty(0), torch.empty(0)
+        found = counts.costs(*(torch.stack([d[k] for d in deltas]) + base[k] for k in range(3)))
+        saved = (before - after for before, after in zip(counts.costs(*base), found, strict=True))
+        return moves, torch.tensor(change, dtype=torch.float64), _price(counts, structure, budget, *saved)
 
     while True:
         here = state()
         over = excess(structure, path.kept(here), budget)
         if budget is not None and over == 0:
             break
-        moves, change, macs, size = options(AHEAD)
-        saved = _price(structure, budget, macs, size)
+        moves, change, saved = options(AHEAD)
         useful = saved > 0
         if not bool(useful.any()):
             if budget is not None:
@@ -284,15 +297,15 @@ def _give_back(
     at: list[int],
     allowed: Sequence[Tensor],
     budget: Budget,
-    options: Callable[[Sequence[int]], tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]],
+    options: Callable[[Sequence[int]], tuple[list[tuple[int, int]], Tensor, Tensor]],
     state: Callable[[], Tensor],
 ) -> None:
     """Take channels back as long as the budget allows, those that help most for what they cost first."""
     while True:
-        moves, change, macs, size = options((-1, -2, -4))
+        moves, change, saved = options((-1, -2, -4))
         if not moves:
             return
-        cost = -_price(structure, budget, macs, size)
+        cost = -saved
         worth = torch.where(cost > 0, -change / cost.clamp_min(1e-12), torch.inf)
         for k in worth.argsort(descending=True).tolist():
             space, place = moves[k]
@@ -305,7 +318,9 @@ def _give_back(
             return
 
 
-def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tensor) -> Tensor:
+def _price(
+    counts: Counts, structure: Structure, budget: Budget | None, macs: Tensor, size: Tensor, taken: Tensor
+) -> Tensor:
     """What a step saves, as a share of the wide model's cost."""
     whole = structure.everything()
     total = torch.zeros_like(macs)
@@ -313,6 +328,12 @@ def _price(structure: Structure, budget: Budget | None, macs: Tensor, size: Tens
         total = total + macs / max(structure.macs(whole), 1)
     if budget is not None and budget.parameters is not None:
         total = total + size / max(structure.size(whole), 1)
+    if (
+        budget is None and counts.times is not None
+    ):  # measured, so a step may seem to save nothing: it counts a little
+        none = torch.zeros_like(counts.base[0])
+        wide = counts.costs(none, none, torch.zeros((), dtype=torch.int64))[2]
+        total = UNMEASURED * total + taken.clamp_min(0) / wide.clamp_min(1e-9)
     return total
 
 

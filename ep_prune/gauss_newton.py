@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS, ITERATIONS, PATIENCE = 3, 8, 2
+STEPS, ITERATIONS, PATIENCE = 2, 4, 2
 """Of Gauss-Newton; of conjugate gradients in each, given up after so many that held-out samples dislike."""
 DAMPING = 0.03
 REGULAR = 1e-3

@@ -27,6 +27,7 @@ from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import fitted
 from ep_prune.latency import latency_of
+from ep_prune.layer_times import layer_times
 from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint
@@ -253,7 +254,11 @@ class Work:
         allowed = allowed_widths(self.structure, found, round_to, least)
         budget = self._counted(asked)
         if budget is None or asked.latency is not None:
-            path = descend(self.structure, found, allowed, None)
+            times = None
+            if asked.latency is not None:
+                self.step("timing layers")
+                times = layer_times(self.program, readers, self._batch() / self.samples.size)
+            path = descend(self.structure, found, allowed, None, times)
             self.course = self._course(path)
             if budget is None:
                 return path
@@ -266,6 +271,11 @@ class Work:
                 descend(self.structure, found, [a[:: max(len(a) // 8, 1)] for a in allowed], None)
             )
         return descend(self.structure, found, allowed, budget)
+
+    def _batch(self) -> int:
+        """Samples in the example."""
+        leaves = [leaf for leaf in pytree.tree_leaves(self.example) if isinstance(leaf, Tensor) and leaf.ndim]
+        return len(leaves[0]) if leaves else 1
 
     def _course(self, path: Path) -> tuple[Point, ...]:
         """Some `POINTS` of the path's models, and what its curves say of them."""

@@ -69,6 +69,7 @@ LAYERS = (
     "augment",
     "curves",
     "fitting",
+    "layer_times",
     "budget",
     "latency",
     "compress_report",
