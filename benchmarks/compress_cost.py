@@ -65,9 +65,9 @@ QUICK: dict[str, list[tuple[str, int]]] = {
 STAGES = {
     "reduce": "ep_prune.compress:reduce",
     "prepare": "ep_prune.narrowing:Work.of",
-    "covariances": "ep_prune.narrowing:moments",
-    "importances": "ep_prune.narrowing:importances",
-    "curves": "ep_prune.narrowing:curves",
+    "covariances": "ep_prune.measurements:moments",
+    "importances": "ep_prune.measurements:importances",
+    "curves": "ep_prune.measurements:curves",
     "elimination": "ep_prune.curves:eliminate",
     "allocation": "ep_prune.narrowing:descend",
     "fit": "ep_prune.narrowing:fitted",

@@ -69,6 +69,11 @@ def add_options(added: argparse.ArgumentParser) -> None:
         help=f"calibration samples to use, at most (default: {SAMPLES})",
     )  # fmt: skip
     added.add_argument(
+        "--resume", type=Path, metavar="FILE",
+        help="keep what is measured in this file, as it comes: an interrupted run goes on from it, and one with "
+        "another budget measures nothing anew",
+    )  # fmt: skip
+    added.add_argument(
         "--fold-batch-norm", action="store_true",
         help="fold every batch norm into the layer before it: the same function, faster, not for training",
     )  # fmt: skip
@@ -99,6 +104,7 @@ def run_compress(options: argparse.Namespace) -> None:
         seed=options.seed,
         replace_modules=options.replace_modules,
         fold_batch_norm=options.fold_batch_norm,
+        resume=options.resume,
     )
     publish(_writers(options, result))
     print(result.report)

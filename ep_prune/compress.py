@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def compress(
     progress: bool | None = None,
     replace_modules: bool = False,
     fold_batch_norm: bool = False,
+    resume: str | FilePath | None = None,
 ) -> Compressed:
     """Narrow a trained model to a budget and refit what reads the channels that stay. No labels, no training.
 
@@ -99,6 +101,8 @@ def compress(
             and named.
         fold_batch_norm: fold every batch norm, an affine map at inference, into the layer before it, and leave
             `nn.Identity` in its place: the same function, faster, and no longer for training.
+        resume: a file in which what is measured is kept as it comes. A run that was interrupted goes on from it,
+            and one with another budget, for the same model, samples and seed, measures nothing anew.
 
     Raises:
         InputError: the model, the inputs or the budget cannot be used; a budget that cannot be met names the least
@@ -119,6 +123,7 @@ def compress(
             work = Work.of(wide, reduced, example_inputs, calibration, protect, samples, seed, bar, notes)
             if fold_batch_norm:
                 work.fold_norms()
+            work.resume = None if resume is None else FilePath(resume)
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)
             narrow, plan, held = work.narrow(path, state)

@@ -223,9 +223,11 @@ def curves(
     chunks: Chunks,
     step: Step = silent,
     fractions: Sequence[float] = FRACTIONS,
+    known: Mapping[str, Curve] | None = None,
+    keep: Callable[[Curve], None] | None = None,
 ) -> list[Curve]:
     """One for each space that something reads, measured on the last chunks, as many as `FORWARDS` allows, from
-    where it is first read."""
+    where it is first read. known: those that need not be measured, by the space's name; keep: takes the others."""
     graph = program.graph
     first: dict[Node, list[tuple[Free, list[Reader]]]] = {}
     for space in structure.spaces:
@@ -242,6 +244,9 @@ def curves(
     found = []
     for place, node in enumerate(program.nodes):
         for space, readers in first.get(node, ()):
+            if known is not None and space.name in known:
+                found.append(known[space.name])
+                continue
             readings = [
                 _reading(r, space.roots, covariances[r.name], metrics[r.name], graph.tensors[r.name])
                 for r in [r for r in readers if not r.depthwise] or readers
@@ -272,6 +277,8 @@ def curves(
                 ]
                 measured.append((width, sum(losses) / len(losses)))
             found.append(Curve(space, space.roots[order], costs, tuple(measured)))
+            if keep is not None:
+                keep(found[-1])
             step(f"measuring {space.name}")
         for v in values:
             v[node] = program.call(node, v)

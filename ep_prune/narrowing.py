@@ -11,6 +11,7 @@ import copy
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
 from ep_prune.compress_report import CompressReport, Point, Width
 from ep_prune.cost import cost
-from ep_prune.curves import curves, importances, moments
 from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import fitted
 from ep_prune.latency import latency_of
 from ep_prune.layer_times import layer_times
+from ep_prune.measurements import Measurements, digest_of, measured
 from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint
@@ -39,7 +40,6 @@ from ep_prune.trial import largest_good, read_in_training
 
 MEMORY = 3 * 2**30
 """Bytes of activations that calibration may hold; beyond, fewer samples are used, and the report says so."""
-IMPORTANCE_CHUNKS = 4
 POINTS = 60
 """Of the path, in the report."""
 SAME = 1e-3
@@ -70,6 +70,7 @@ class Work:
         self.course: tuple[Point, ...] = ()
         self.trials: list[Point] = []
         self.norms: tuple[Pair, ...] = ()
+        self.resume: FilePath | None = None
 
     @staticmethod
     def of(
@@ -242,11 +243,14 @@ class Work:
             unknown := set(min_width) - {s.name for s in self.structure.spaces}
         ):
             raise InputError(f"min_width names {sorted(unknown)[0]!r}, which is no space that can be narrowed")
-        others = augmented(self.program, readers, fit[: -len(measure)] or fit, self.seed)
-        covariances = moments(self.program, readers, others, self.seed, self.step)
-        metrics = importances(self.program, readers, fit[:IMPORTANCE_CHUNKS], self.seed, self.step)
-        found = curves(self.program, self.structure, covariances, metrics, measure, self.step)
-        del covariances, metrics
+        stored = None
+        if self.resume is not None:
+            weights = fingerprint(self.model.state_dict())
+            digest = digest_of(weights, self.structure, self.samples.chunks, self.seed)
+            stored = Measurements(self.resume, digest, self.structure)
+            if stored.curves:
+                self.notes.append(f"{len(stored.curves)} spaces as they were measured before, from {self.resume}")
+        found = measured(self.program, self.structure, fit, measure, self.seed, self.step, stored)
 
         def least(name: str) -> int:
             return min_width.get(name, 1) if isinstance(min_width, Mapping) else min_width

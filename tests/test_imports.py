@@ -68,6 +68,7 @@ LAYERS = (
     "divergence",
     "augment",
     "curves",
+    "measurements",
     "fitting",
     "layer_times",
     "budget",
