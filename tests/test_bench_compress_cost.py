@@ -50,9 +50,9 @@ def tiny(network: str, count: int) -> tuple[nn.Module, torch.Tensor]:
 
 def test_stages_and_passes_of_a_measurement_add_up(monkeypatch):
     monkeypatch.setattr(bench, "case", tiny)
-    originals = [vars(bench.Program)["call"], sys.modules["ep_prune.narrowing"].curves]
+    originals = [vars(bench.Program)["call"], sys.modules["ep_prune.measurements"].curves]
     row = bench.measure(bench.Row("tiny", 40, 1))
-    assert [vars(bench.Program)["call"], sys.modules["ep_prune.narrowing"].curves] == originals
+    assert [vars(bench.Program)["call"], sys.modules["ep_prune.measurements"].curves] == originals
     assert {"other", *bench.STAGES} == set(row.stages)
     assert sum(row.stages.values()) == pytest.approx(row.seconds, rel=0.05)
     assert row.used == 40 and 0.2 < row.macs <= 0.5
