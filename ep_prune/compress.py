@@ -38,7 +38,7 @@ from ep_prune.latency import latency_of
 from ep_prune.narrowing import Held, Work
 from ep_prune.norm_folding import fold_norms_
 from ep_prune.pipeline import Result, reduce
-from ep_prune.plan import Plan, with_modes_of
+from ep_prune.plan import Plan, keep_layouts_, with_modes_of
 from ep_prune.rewrite import apply_round_
 from ep_prune.trace import prepare, random_state_kept, run
 
@@ -201,6 +201,7 @@ def _fast_enough(work: Work, path: Path, asked: Asked, good: Callable[[Tensor], 
         kept = path.kept(state)
         apply_round_(narrow, work.structure.round(kept, work.masked(kept)))
         fold_norms_(narrow, work.norms)
+        keep_layouts_(work.wide, narrow)
         return latency_of(narrow.to(dtype), work.example) > asked.latency  # type: ignore[operator]
 
     last_slow = path.search(too_slow, 12)

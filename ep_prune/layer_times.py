@@ -58,14 +58,19 @@ def _between(grid: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_times(
-    program: Program, readers: Sequence[Reader], batch: float, clock: Clock = time.perf_counter
+    program: Program,
+    readers: Sequence[Reader],
+    batch: float,
+    channels_last: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> LayerTimes:
-    """The table of all `readers`, in their order. batch: the example's samples over those of the trace."""
+    """The table of all `readers`, in their order. batch: the example's samples over those of the trace;
+    channels_last: whether images lie in memory with their channels last."""
     known: dict[Hashable, Tensor] = {}
     users = program.graph.users()
     inputs, outputs, found = [], [], []
     for reader in readers:
-        layer = _Layer.of(program, reader, batch, users)
+        layer = _Layer.of(program, reader, batch, users, channels_last)
         if layer.key not in known:
             known[layer.key] = layer.measured(clock)
         n, m = len(reader.roots), reader.outputs.numel()
@@ -86,9 +91,12 @@ class _Layer:
     reader: Reader
     nodes: tuple[Node, ...]
     shape: tuple[int, ...]
+    channels_last: bool
 
     @staticmethod
-    def of(program: Program, reader: Reader, batch: float, users: Mapping[Node, list[Node]]) -> _Layer:
+    def of(
+        program: Program, reader: Reader, batch: float, users: Mapping[Node, list[Node]], channels_last: bool
+    ) -> _Layer:
         nodes = [reader.node]
         while len(users[nodes[-1]]) == 1 and nodes[-1] not in program.graph.outputs:
             user = users[nodes[-1]][0]
@@ -99,7 +107,7 @@ class _Layer:
         shape = list(reader.op.x.shape or ())
         if shape and reader.op.layout.axis:
             shape[0] = max(round(shape[0] * batch), 1)
-        return _Layer(program, reader, tuple(nodes), tuple(shape))
+        return _Layer(program, reader, tuple(nodes), tuple(shape), channels_last and len(shape) == 4)
 
     @property
     def key(self) -> Hashable:
@@ -161,8 +169,9 @@ class _Layer:
         wide = op.layout.canonical(weight)
         if op.layout.groups == 1:
             wide = wide[:, :written, :narrow]
+        x = torch.randn(shape, dtype=weight.dtype, device=weight.device)
         values: dict[Node | str, Any] = {
-            op.x: torch.randn(shape, dtype=weight.dtype, device=weight.device),
+            op.x: x.contiguous(memory_format=torch.channels_last) if self.channels_last else x,
             op.weight: op.layout.original(wide, self.reader.kernel).contiguous(),
         }
         for operand in (o for node in self.nodes for o in node.operands() if o.tensor is not None):

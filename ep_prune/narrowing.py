@@ -31,7 +31,7 @@ from ep_prune.layer_times import layer_times
 from ep_prune.measurements import Measurements, digest_of, measured
 from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
-from ep_prune.plan import Plan, fingerprint
+from ep_prune.plan import Plan, fingerprint, is_channels_last, keep_layouts_
 from ep_prune.probes import synthetic_probes
 from ep_prune.readers import Structure
 from ep_prune.rewrite import apply_round_
@@ -238,7 +238,6 @@ class Work:
 
     def path(self, asked: Asked, round_to: int, min_width: int | Mapping[str, int]) -> Path:
         fit, measure, _ = self._split()
-        readers = self.structure.readers
         if isinstance(min_width, Mapping) and (
             unknown := set(min_width) - {s.name for s in self.structure.spaces}
         ):
@@ -261,7 +260,7 @@ class Work:
             times = None
             if asked.latency is not None:
                 self.step("timing layers")
-                times = layer_times(self.program, readers, self._batch() / self.samples.size)
+                times = layer_times(self.program, self.structure.readers, *self._example_layout())
             path = descend(self.structure, found, allowed, None, times)
             self.course = self._course(path)
             if budget is None:
@@ -276,10 +275,10 @@ class Work:
             )
         return descend(self.structure, found, allowed, budget)
 
-    def _batch(self) -> int:
-        """Samples in the example."""
+    def _example_layout(self) -> tuple[float, bool]:
+        """Samples in the example over those of the trace, and whether its images are channels-last."""
         leaves = [leaf for leaf in pytree.tree_leaves(self.example) if isinstance(leaf, Tensor) and leaf.ndim]
-        return len(leaves[0]) if leaves else 1
+        return (len(leaves[0]) if leaves else 1) / self.samples.size, any(map(is_channels_last, leaves))
 
     def _course(self, path: Path) -> tuple[Point, ...]:
         """Some `POINTS` of the path's models, and what its curves say of them."""
@@ -336,6 +335,7 @@ class Work:
             apply_round_(narrow, step)
             rounds.append(step)
         fold_norms_(narrow, self.norms)
+        keep_layouts_(self.wide, narrow)
         made_for = fingerprint(self.wide.state_dict())
         plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=made_for, norms=self.norms)
         return narrow, plan, self._held(narrow, held, errors)

@@ -219,8 +219,24 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def with_modes_of(model: nn.Module, narrow: nn.Module) -> nn.Module:
-    """`narrow`, in the training or eval mode of `model`, module by module where names match."""
+    """`narrow`, in the training or eval mode of `model`, module by module where names match, and its weights
+    channels-last where the model's are."""
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in narrow.named_modules():
         module.training = modes.get(name, model.training)
+    keep_layouts_(model, narrow)
     return narrow
+
+
+def keep_layouts_(model: nn.Module, narrow: nn.Module) -> None:
+    """Put the weights of `narrow` channels-last where those of `model` are."""
+    last = {name for name, tensor in model.named_parameters() if is_channels_last(tensor)}
+    for name, tensor in narrow.named_parameters():
+        if name in last and tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether an image, or a kernel, lies in memory with its channels last, and only so."""
+    last = torch.channels_last
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()

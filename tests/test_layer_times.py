@@ -94,13 +94,34 @@ def test_compress_for_a_latency_makes_the_table_once(monkeypatch, batch: int) ->
     asked = []
     narrowing = importlib.import_module("ep_prune.narrowing")
 
-    def noted(program, readers, share):
-        asked.append(share)
-        return layer_times(program, readers, share)
+    def noted(program, readers, share, channels_last):
+        asked.append((share, channels_last))
+        return layer_times(program, readers, share, channels_last)
 
     monkeypatch.setattr(narrowing, "layer_times", noted)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
     x = torch.randn(96, 8)
     ep.compress(model, x[:batch], x.split(32), latency=1e3, progress=False)
-    assert asked == [batch / 12]  # chunks of 12
+    assert asked == [(batch / 12, False)]  # chunks of 12
+
+
+def test_channels_last_models_are_timed_and_stay_so(monkeypatch) -> None:
+    asked = []
+    narrowing = importlib.import_module("ep_prune.narrowing")
+
+    def noted(program, readers, share, channels_last):
+        asked.append(channels_last)
+        return layer_times(program, readers, share, channels_last)
+
+    monkeypatch.setattr(narrowing, "layer_times", noted)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)]
+    model = nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(48, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    narrow = ep.compress(model, x[:2], x.split(16), latency=1e3, keep_macs=0.5, progress=False).model
+    assert asked == [True]
+    for found in (narrow, ep.reduce(model, x[:2]).model):
+        assert all(
+            module.weight.is_contiguous(memory_format=torch.channels_last) for module in (found[0], found[2])
+        )
