@@ -7,9 +7,9 @@ The goal is 1.6x at half of the MACs with widths that are multiples of 8 (`round
 WRN-16-8 and VGG-16 (`wide_networks.py`; the last two take much longer to compress). These are for timing only:
 they are compressed with few images, of noise, and what they answer then means nothing.
 
-Each network is compressed twice, with `round_to=8` and without rounding, and kept with its plan in `--out`
-(`bench-out/speed`): timing can be repeated without compressing again (delete the files to compress anew; files
-of other weights are not taken).
+Each network is compressed twice, with `round_to=8` and without rounding, and kept with its plan and its measured
+curves in `--out` (`bench-out/speed`): timing can be repeated without compressing again (delete the files to compress
+anew; files of other weights are not taken). "Seconds of compress" are those of a first run for `round_to=8` alone.
 
 The wide and the narrow networks are then timed turn about, the wide one and that of `round_to=8` also with their
 batch norms folded into the convolutions (what `compress` leaves with `fold_batch_norm=True`), contiguous and
@@ -20,6 +20,9 @@ network would seem faster than it is. Speed-up: the wide network in its faster l
 own, medians over turns; beside it the quartiles of the same ratio turn by turn. Where the goal lies between these,
 the figure decides nothing, and that is said. The folded narrow network is set against the wide one as it was given
 and against the folded wide one. Where torch sees a GPU, it is timed, too.
+
+With `--by-time 1.6` each network is also compressed to that part of its own latency, channels-last, for each
+batch: half of the MACs and milliseconds are both budgets, and a table of layer times says which channels go.
 
 Written to `results.json` and `table.md` in `--out`. Where the goal is missed, that is said. Exit code 1 only for
 what is wrong: more MACs than allowed, a narrowed width that is no multiple of 8, or outputs that are not finite.
@@ -47,9 +50,10 @@ from tqdm import tqdm
 import ep_prune
 from benchmarks.cifar.networks import CALIBRATION, NETWORKS, zoo
 from benchmarks.common import machine, names_of
-from benchmarks.speed_table import FOLDED, table
+from benchmarks.speed_table import BY_TIME, FOLDED, table
 from benchmarks.wide_networks import noise, vgg16, wide_resnet
 from ep_prune.cost import cost
+from ep_prune.latency import latency_of
 from ep_prune.norm_folding import fold_norms_, foldable
 from ep_prune.plan import Plan, fingerprint
 from ep_prune.trace import prepare, trace
@@ -136,6 +140,18 @@ class Timing:
 
 
 @dataclass
+class ByTime:
+    """What `latency=` made, on the processor. asked: milliseconds; refused: why there is nothing."""
+
+    batch: int
+    asked: float
+    macs: int | None = None
+    accuracy: float | None = None
+    timing: Timing | None = None
+    refused: str = ""
+
+
+@dataclass
 class Measured:
     """All of one network."""
 
@@ -145,6 +161,7 @@ class Measured:
     accuracy: float | None
     narrow: list[Narrow] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
+    by_time: list[ByTime] = field(default_factory=list)
 
 
 # ---- the narrow models --------------------------------------------------------------------------------------
@@ -163,8 +180,9 @@ def compressed(
     images = network.images(0, count)
     start = time.perf_counter()
     result = ep_prune.compress(
-        wide, images[:2], list(images.split(BATCH)), keep_macs=KEEP, round_to=round_to, samples=count
-    )
+        wide, images[:2], list(images.split(BATCH)), keep_macs=KEEP, round_to=round_to, samples=count,
+        resume=_measured(network, wide, count, folder),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     exact = {space.name: space.after for space in result.reduced.report.spaces}
     report = result.report
@@ -178,7 +196,6 @@ def compressed(
         report.agreement,
         None if network.test is None else zoo.accuracy(result.model, *network.test()),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     ep_prune.save(result, path)
     told.write_text(json.dumps(asdict(found)) + "\n")
     return result.model.eval(), found
@@ -202,6 +219,35 @@ def folded(model: nn.Module, example: Tensor) -> nn.Module:
     working = prepare(model)[0]
     fold_norms_(working, foldable(working, trace(working, example)))
     return working
+
+
+def _measured(network: Network, wide: nn.Module, count: int, folder: Path) -> Path:
+    """Where the curves of these weights are kept, which all of their narrow models begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = fingerprint(prepare(wide)[0].state_dict())
+    return folder / f"{network.name}-{count}-{weights[:12]}.measured"
+
+
+def by_time(
+    network: Network, wide: nn.Module, batch: int, factor: float, count: int, seconds: float, folder: Path
+) -> ByTime:
+    """Compressed to half of the MACs and to `factor` times the speed, and timed."""
+    last = torch.channels_last
+    images, model = network.images(0, count), _placed(wide, "cpu", last)
+    example = images[:batch].contiguous(memory_format=last)
+    found = ByTime(batch, latency_of(model, example, seconds=2.0) / factor)
+    try:
+        result = ep_prune.compress(
+            model, example, list(images.split(BATCH)), keep_macs=KEEP, latency=found.asked, round_to=ROUND,
+            samples=count, fold_batch_norm=True, resume=_measured(network, wide, count, folder),
+        )  # fmt: skip
+    except ep_prune.InputError as error:
+        found.refused = str(error)
+        return found
+    found.macs = result.report.after.macs
+    found.accuracy = None if network.test is None else zoo.accuracy(result.model, *network.test())
+    found.timing = timed({"wide": wide, BY_TIME: result.model}, network.images(1, batch), "cpu", seconds)
+    return found
 
 
 # ---- the clock ----------------------------------------------------------------------------------------------
@@ -269,7 +315,7 @@ def _call(model: nn.Module, x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def measure(network: Network, count: int, seconds: float, out: Path) -> Measured:
+def measure(network: Network, count: int, seconds: float, out: Path, factor: float | None = None) -> Measured:
     """Compress, where that has not been done, and time."""
     wide = network.load()
     before = cost(wide, network.images(0, 4)[:1])
@@ -287,6 +333,8 @@ def measure(network: Network, count: int, seconds: float, out: Path) -> Measured
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for batch in BATCHES:
             found.timings.append(timed(models, network.images(1, batch), device, seconds))
+    for batch in BATCHES if factor is not None else ():
+        found.by_time.append(by_time(network, wide, batch, factor, count, seconds, out / "models"))
     return found
 
 
@@ -301,6 +349,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="calibration images; default: 1,024 real ones, 64 of noise")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each network and batch")
+    parser.add_argument("--by-time", type=float, metavar="F", help="compress to 1/F of the latency, too")
     parser.add_argument("--quick", action="store_true", help="ResNet-20 and a small wide ResNet, 64 images")
     parser.add_argument("--out", type=Path, default=Path("bench-out/speed"))
     options = parser.parse_args(arguments)
@@ -318,7 +367,8 @@ def run(networks: Iterable[Network], options: argparse.Namespace) -> int:
     for network in (progress := tqdm(list(networks), unit="network")):
         progress.set_description(network.name)
         try:
-            found.append(measure(network, options.images or network.count, options.seconds, options.out))
+            count = options.images or network.count
+            found.append(measure(network, count, options.seconds, options.out, options.by_time))
         except ArithmeticError as error:
             misses.append(f"{network.name}: {error}")
             continue

@@ -25,6 +25,8 @@ FOLDED_TIMES = (
     "network", "device", "images", "wide, ms", "wide folded, ms", "round_to=8 folded, ms", "over the given wide",
     "over the folded wide",
 )  # fmt: skip
+BY_TIME = "latency="
+TIMED = ("network", "images", "asked, ms", "MACs kept", "accuracy, %", "wide, ms", "latency=, ms", "speed-up")
 MODELS = (
     "network", "round_to", "MACs kept", "parameters kept", "accuracy, %", "equal decisions, held out",
     "calibration images", "seconds of compress",
@@ -60,6 +62,14 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
                 low, high = timing.spread(narrow, than)
                 cells.append(f"{timing.faster(narrow, than):.2f}x ({low:.2f}–{high:.2f})")
             parts.append(f"| {' | '.join(cells)} |")
+    if any(one.by_time for one in found):
+        parts += [
+            "",
+            "Half of the MACs and milliseconds both asked for, `latency=`, norms folded:",
+            "",
+            *head(TIMED),
+        ]
+        parts += [f"| {' | '.join(_timed(one, made))} |" for one in found for made in one.by_time]
     parts += ["", "The narrow networks:", ""]
     parts += head(MODELS)
     for one in found:
@@ -94,6 +104,19 @@ def verdicts(found: Iterable[Any], goal: float) -> list[str]:
                     f"* {one.network}, {timing.device}, {many}{which}: {ratio:.2f}x, goal of {goal}x {said}"
                 )
     return lines
+
+
+def _timed(one: Any, made: Any) -> list[str]:
+    cells = [one.network, str(made.batch), f"{made.asked:.4g}"]
+    if made.timing is None:
+        return [*cells, "", "", "", "", made.refused]
+    low, high = made.timing.spread(BY_TIME)
+    accuracy = "" if made.accuracy is None else f"{one.accuracy:.1f} -> {made.accuracy:.1f}"
+    pairs = [_pair(made.timing, name) for name in ("wide", BY_TIME)]
+    return [
+        *cells, f"{made.macs / one.macs:.3f}", accuracy, *pairs,
+        f"{made.timing.faster(BY_TIME):.2f}x ({low:.2f}–{high:.2f})",
+    ]  # fmt: skip
 
 
 def _pair(timing: Any, model: str) -> str:

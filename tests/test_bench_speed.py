@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -166,6 +167,25 @@ def test_networks_are_compressed_once_and_timed(tmp_path, monkeypatch, capsys):
     shift += 0.1
     with pytest.raises(Again):  # other weights than those in the files
         speed.main(arguments)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1e6])
+def test_compressed_by_time(tmp_path, monkeypatch, factor):
+    def still(model: nn.Module, *_, **__) -> float:
+        return 1e-3 * sum(p.numel() for p in model.parameters())
+
+    for name in ("compress", "narrowing"):
+        monkeypatch.setattr(importlib.import_module(f"ep_prune.{name}"), "latency_of", still)
+    monkeypatch.setattr(speed, "latency_of", still)
+    monkeypatch.setattr(speed, "KNOWN", {"tiny": speed.Network("tiny", tiny, noise, 24)})
+    monkeypatch.setattr(speed, "BATCHES", (2,))
+    monkeypatch.setattr(speed, "BLOCK", 1e-4)
+    arguments = ["--networks", "tiny", "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]
+    assert speed.main([*arguments, "--by-time", str(factor)]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "`latency=`" in text and ("cannot be met" in text) == (factor == 1e6)
+    (found,) = json.loads((tmp_path / "results.json").read_text())["networks"][0]["by_time"]
+    assert found["refused"] if factor == 1e6 else 0 < found["macs"] <= 0.5 * 2 * 10**6
 
 
 def test_outputs_that_are_not_finite_are_wrong(tmp_path, monkeypatch, capsys):
