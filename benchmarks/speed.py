@@ -9,8 +9,8 @@ they are compressed with few images, of noise, and what they answer then means n
 
 Each network is compressed twice, with `round_to=8` and without rounding, and kept with its plan and its measured
 curves in `--out` (`bench-out/speed`): timing can be repeated without compressing again (delete the files to
-compress anew; files of other weights are not taken). "Seconds of compress" are those of a first run for `round_to=8`
-alone.
+compress anew; files of other weights are not taken). "Seconds of compress" are those of a first run only for
+`round_to=8`.
 
 The wide and the narrow networks are then timed turn about, the wide one and that of `round_to=8` also with their
 batch norms folded into the convolutions (what `compress` leaves with `fold_batch_norm=True`), contiguous and
