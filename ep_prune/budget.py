@@ -16,6 +16,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,6 @@ from ep_prune.readers import Structure
 
 AHEAD = (1, 2, 4, 8)
 """How many of the allowed widths further down a step may go."""
-
-
 UNMEASURED = 0.1
 """What multiply-accumulates count beside measured milliseconds, by which a step may seem to save nothing."""
 
@@ -138,6 +137,11 @@ class Counts:
             (widths == groups) & (groups > 1),
             times,
         )  # fmt: skip
+
+    @cached_property
+    def milliseconds(self) -> float:
+        """What all layers of the wide model take together, by the table."""
+        return 1e-9 if self.times is None else max(float(self.times.at(*self.base[:2])), 1e-9)
 
     def costs(self, lost_in: Tensor, lost_out: Tensor, lost_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(...,) multiply-accumulates, parameters and milliseconds (0 without a table), of losses (..., readers)
@@ -328,12 +332,8 @@ def _price(
         total = total + macs / max(structure.macs(whole), 1)
     if budget is not None and budget.parameters is not None:
         total = total + size / max(structure.size(whole), 1)
-    if (
-        budget is None and counts.times is not None
-    ):  # measured, so a step may seem to save nothing: it counts a little
-        none = torch.zeros_like(counts.base[0])
-        wide = counts.costs(none, none, torch.zeros((), dtype=torch.int64))[2]
-        total = UNMEASURED * total + taken.clamp_min(0) / wide.clamp_min(1e-9)
+    if budget is None and counts.times is not None:
+        total = UNMEASURED * total + taken.clamp_min(0) / counts.milliseconds
     return total
 
 

@@ -41,7 +41,7 @@ def blocks() -> nn.Module:
 
 
 def test_layers_are_measured_at_all_widths_and_alike_ones_once(monkeypatch) -> None:
-    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    seen: list[tuple[str, tuple[int, ...]]] = []
     call = Program.call
 
     def noted(self, node, values):
