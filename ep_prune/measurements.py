@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ep_prune.augment import augmented
 from ep_prune.calibrate import Program
 from ep_prune.curves import FORWARDS, FRACTIONS, Chunks, Curve, Step, curves, importances, moments
 from ep_prune.errors import InputError
+from ep_prune.plan import fingerprint, save_whole
 from ep_prune.readers import Structure
 
 IMPORTANCE_CHUNKS = 4
@@ -31,15 +30,10 @@ KEY = "ep_prune.measurements"
 
 def digest_of(weights: str, structure: Structure, chunks: Iterable[Sequence[Tensor]], seed: int) -> str:
     """SHA-256 over all that curves depend on. weights: the fingerprint of the model's."""
-    digest = hashlib.sha256(json.dumps([VERSION, weights, seed, FORWARDS, FRACTIONS]).encode())
-    for space in structure.spaces:
-        digest.update(f"{space.name} {space.roots.tolist()}".encode())
-    for chunk in chunks:
-        for tensor in chunk:
-            own = tensor.detach().cpu().contiguous()
-            digest.update(f"{own.dtype} {tuple(own.shape)}".encode())
-            digest.update(own.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    samples = fingerprint({f"{k}.{j}": t for k, chunk in enumerate(chunks) for j, t in enumerate(chunk)})
+    spaces = [(space.name, space.roots.tolist()) for space in structure.spaces]
+    told = [VERSION, weights, samples, seed, FORWARDS, FRACTIONS, spaces]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Measurements:
@@ -89,12 +83,8 @@ class Measurements:
             tensors[f"{number}.order"], tensors[f"{number}.costs"] = curve.order.clone(), curve.costs.clone()
             tensors[f"{number}.measured"] = torch.tensor(curve.measured, dtype=torch.float64).reshape(-1, 2)
         header = {"digest": self.digest, "spaces": list(self.curves), "complete": self.complete}
-        partial = Path(f"{self.path}.partial")
-        try:
-            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial, {KEY: json.dumps(header)})
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_whole(whole, self.path, {KEY: json.dumps(header)})
 
 
 def measured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan to a safetensors file."""
         tensors, header = self.to_tensors()
-        save_file(tensors, str(path), {"ep_prune.plan": header})
+        save_whole(tensors, path, {"ep_prune.plan": header})
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -206,6 +207,19 @@ class Plan:
         exchanged = bool(data.get("replace_modules"))
         norms = tuple((str(layer), str(norm)) for layer, norm in data.get("norms", ()))
         return Plan(rounds, data["fingerprint"], tuple(data["notes"]), data.get("domain"), exchanged, norms)
+
+
+def save_whole(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    partial = Path(f"{path}.partial")
+    try:
+        save_file(tensors, str(partial), metadata)
+        mask = os.umask(0)  # safetensors writes for the owner alone: give the file the mode of any other
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -8,17 +8,15 @@ a plan without rounds, with the shapes that the widened tensors had in the facto
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ep_prune.errors import InputError, PlanError
-from ep_prune.plan import Plan, fingerprint
+from ep_prune.plan import Plan, fingerprint, save_whole
 from ep_prune.rewrite import resize_
 from ep_prune.trace import prepare
 
@@ -64,15 +62,7 @@ def _store(model: nn.Module, plan: Plan, told: dict[str, str], path: str | Path)
         first[id(tensor)] = name
         tensors[f"model.{name}"] = tensor.detach().cpu().contiguous().clone()
     metadata = {"ep_prune.plan": header, "ep_prune.ties": json.dumps(ties), **told}
-    partial = Path(f"{path}.partial")
-    try:
-        save_file(tensors, str(partial), metadata)
-        mask = os.umask(0)  # safetensors writes for the owner alone: give the file the mode of any other
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_whole(tensors, path, metadata)
 
 
 def load(factory: Callable[[], nn.Module], path: str | Path) -> nn.Module:
