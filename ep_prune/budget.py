@@ -25,7 +25,7 @@ from ep_prune.calibrate import positions
 from ep_prune.curves import Curve
 from ep_prune.errors import InputError
 from ep_prune.layer_times import LayerTimes
-from ep_prune.readers import Structure
+from ep_prune.structure import Structure
 
 AHEAD = (1, 2, 4, 8)
 """How many of the allowed widths further down a step may go."""
@@ -215,7 +215,8 @@ def allowed_widths(
             return len(axis) - torch.cat([each.new_zeros(1), each.cumsum(0)])
 
         rounded = torch.stack([left(axis) % round_to == 0 for axis in space.widths]).all(0)
-        good = (gone == 0) | (rounded & (left(space.longest) >= max(least(space.name), 1)))
+        lowest = max(least(space.name), 0 if space.name in structure.branches else 1)
+        good = (gone == 0) | (rounded & (left(space.longest) >= lowest))
         if space.sections is not None:
             good &= gone % (int(space.sections.max()) + 1) == 0
         result.append(gone[good & (gone < len(curve.losses()))])

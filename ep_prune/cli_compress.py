@@ -62,7 +62,7 @@ def add_options(added: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="channels that every layer keeps, at least (default: 1)",
+        help="channels that every layer keeps, at least (default: 1); 0: residual branches may go as a whole",
     )
     added.add_argument(
         "--samples", type=int, default=SAMPLES, metavar="N",

@@ -36,10 +36,8 @@ from ep_prune.cost import Cost
 from ep_prune.errors import InputError
 from ep_prune.latency import latency_of
 from ep_prune.narrowing import Held, Work
-from ep_prune.norm_folding import fold_norms_
 from ep_prune.pipeline import Result, reduce
-from ep_prune.plan import Plan, keep_layouts_, with_modes_of
-from ep_prune.rewrite import apply_round_
+from ep_prune.plan import Plan, with_modes_of
 from ep_prune.trace import prepare, random_state_kept, run
 
 TRIALS = 10
@@ -93,7 +91,8 @@ def compress(
             max_drop; at most 12 evaluations.
         round_to: widths become multiples of this (what is not narrowed keeps its width).
         protect: names of layers whose channels all stay.
-        min_width: the least that any space, or a space by its name, may keep.
+        min_width: the least that any space, or a space by its name, may keep. 0 lets a residual branch go as a
+            whole, where it alone makes up its module: what is left of that is `ep_prune.modules.Shift`.
         samples: calibration samples used, at most.
         seed: of samples, rows and probes.
         progress: show a progress bar; by default on a terminal only.
@@ -123,11 +122,13 @@ def compress(
             work = Work.of(wide, reduced, example_inputs, calibration, protect, samples, seed, bar, notes)
             if fold_batch_norm:
                 work.fold_norms()
+            least = min_width if isinstance(min_width, Mapping) else None
+            work.allow_branches(lambda name: (min_width if least is None else least.get(name, 1)) == 0)
             work.resume = None if resume is None else FilePath(resume)
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)
             narrow, plan, held = work.narrow(path, state)
-        report = work.report(narrow, held, asked, time.perf_counter() - start)
+        report = work.report(narrow, plan, held, asked, time.perf_counter() - start)
     return Compressed(with_modes_of(model, narrow), plan, report, reduced)
 
 
@@ -194,15 +195,9 @@ def _figure(work: Work, evaluate: Callable[[nn.Module], float], model: nn.Module
 
 def _fast_enough(work: Work, path: Path, asked: Asked, good: Callable[[Tensor], bool]) -> Tensor:
     assert asked.latency is not None
-    dtype = next((p.dtype for p in work.wide.parameters()), torch.float32)
 
     def too_slow(state: Tensor) -> bool:
-        narrow = copy.deepcopy(work.model)
-        kept = path.kept(state)
-        apply_round_(narrow, work.structure.round(kept, work.masked(kept)))
-        fold_norms_(narrow, work.norms)
-        keep_layouts_(work.wide, narrow)
-        return latency_of(narrow.to(dtype), work.example) > asked.latency  # type: ignore[operator]
+        return latency_of(work.sketch(path.kept(state)), work.example) > asked.latency  # type: ignore[operator]
 
     last_slow = path.search(too_slow, 12)
     place = 0 if last_slow is None else next(k for k, s in enumerate(path.states) if torch.equal(s, last_slow)) + 1

@@ -22,7 +22,8 @@ from ep_prune.divergence import divergence, own_answer_loss
 from ep_prune.errors import InputError
 from ep_prune.graph import Node
 from ep_prune.projection import Moments, Reading, eliminate, through, weighted
-from ep_prune.readers import Free, Reader, Structure, reads
+from ep_prune.readers import Free, Reader, reads
+from ep_prune.structure import Structure
 
 FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Widths at which a space is measured, as shares of its channels."""
@@ -253,13 +254,15 @@ def curves(
             ]
             count = len(space.roots)
             whole = bool(torch.isin(space.longest, space.roots).all())
+            whole &= space.name not in structure.branches
             order, costs = eliminate(readings, at_least=1 if whole else 0)
             each, least = 1, int(whole)
             if space.sections is not None:
                 each = least = int(space.sections.max()) + 1
                 order, costs = in_turn(order, costs, space.sections)
+            shares = [*fractions, 0.0] if space.name in structure.branches else fractions
             widths = sorted(
-                {max(least, each * round(f * count / each)) for f in fractions} - {count}, reverse=True
+                {max(least, each * round(f * count / each)) for f in shares} - {count}, reverse=True
             )
             measured = []
             for width in widths:

@@ -142,8 +142,20 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
+class Vanished:
+    """A residual block whose branch has no channels left: `module` becomes x + shift, or, `rectified`, its ReLU.
+
+    shift (C',): of the kept channels of x, along an axis that `after` others follow."""
+
+    module: str
+    shift: Tensor
+    after: int
+    rectified: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Round:
-    """Edits that apply to one state of the model. Mixes go first, refits last."""
+    """Edits that apply to one state of the model. Mixes go first, refits and what vanishes last."""
 
     folds: tuple[Fold, ...] = ()
     cuts: tuple[Cut, ...] = ()
@@ -151,6 +163,7 @@ class Round:
     refits: tuple[Refit, ...] = ()
     heads: tuple[Heads, ...] = ()
     scales: tuple[Scale, ...] = ()
+    vanished: tuple[Vanished, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.folds or self.cuts or self.mixes or self.refits or self.scales)
+        return bool(self.folds or self.cuts or self.mixes or self.refits or self.scales or self.vanished)

@@ -27,7 +27,8 @@ from ep_prune.gauss_newton import Residual, improved
 from ep_prune.graph import Node
 from ep_prune.pairs import Block, Pair, pairs_of
 from ep_prune.projection import Fit, Moments, fit
-from ep_prune.readers import Reader, Structure
+from ep_prune.readers import Reader
+from ep_prune.structure import Structure
 
 SMALL_GAIN = 1e-2
 """Of a batch norm's largest gain: where it is smaller, errors of the residual stream are not corrected through
@@ -74,8 +75,9 @@ def fitted(
         for values in wide:
             values[node] = program.call(node, values)
         reader = by_node.get(node)
-        wanted = reader is not None and (moved or not bool(kept[reader.roots].all()))
-        if reader is not None and (wanted or _lends(reader, firsts, kept)):
+        read_on = reader is not None and bool(kept[reader.outputs].any())  # nothing reads a branch that goes
+        wanted = reader is not None and read_on and (moved or not bool(kept[reader.roots].all()))
+        if reader is not None and read_on and (wanted or _lends(reader, firsts, kept)):
             moved = moved or wanted
             rows = reader.sampled(count, generator)
             found, spread = _fit_reader(program, reader, kept, wide, narrow, held_out, own, rows)
@@ -123,7 +125,7 @@ def _fit_reader(
     lengths = mask.sum(1)
     if bool((lengths != lengths[0]).any()):  # groups that are gone: their columns are never read
         mask[lengths == 0] = mask[lengths.argmax()].clone()
-    columns = mask.nonzero()[:, 1].reshape(len(mask), -1).to(device)
+    columns = mask.nonzero()[:, 1].reshape(len(mask), int(lengths.max())).to(device)
     view = reader.view(weight).double()
     gain = _gain(program, reader)
     outputs = view.shape[1] if not reader.by_channels else view.shape[2]

@@ -39,13 +39,15 @@ class LayerTimes:
     milliseconds: Tensor
 
     def at(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """(...,) milliseconds of all layers together, reading and writing widths (..., R)."""
+        """(...,) milliseconds of all layers together, reading and writing widths (..., R); what reads or writes
+        nothing is not there."""
         i, x = _between(self.inputs, inputs)
         o, y = _between(self.outputs, outputs)
         each = torch.arange(len(self.inputs)).expand_as(i)
         low = self.milliseconds[each, i, o] * (1 - y) + self.milliseconds[each, i, o + 1] * y
         high = self.milliseconds[each, i + 1, o] * (1 - y) + self.milliseconds[each, i + 1, o + 1] * y
-        return (low * (1 - x) + high * x).clamp_min(0).sum(-1)
+        there = (inputs > 0) & (outputs > 0)
+        return ((low * (1 - x) + high * x).clamp_min(0) * there).sum(-1)
 
 
 def _between(grid: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

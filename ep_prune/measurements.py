@@ -21,7 +21,7 @@ from ep_prune.calibrate import Program
 from ep_prune.curves import FORWARDS, FRACTIONS, Chunks, Curve, Step, curves, importances, moments
 from ep_prune.errors import InputError
 from ep_prune.plan import fingerprint, save_whole
-from ep_prune.readers import Structure
+from ep_prune.structure import Structure
 
 IMPORTANCE_CHUNKS = 4
 VERSION = 1
@@ -33,6 +33,8 @@ def digest_of(weights: str, structure: Structure, chunks: Iterable[Sequence[Tens
     samples = fingerprint({f"{k}.{j}": t for k, chunk in enumerate(chunks) for j, t in enumerate(chunk)})
     spaces = [(space.name, space.roots.tolist()) for space in structure.spaces]
     told = [VERSION, weights, samples, seed, FORWARDS, FRACTIONS, spaces]
+    if structure.branches:
+        told.append(sorted(structure.branches))
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -1,10 +1,13 @@
-"""Modules that can hold what `reduce` leaves, in exchange for PyTorch's that cannot.
+"""Modules that can hold what `reduce` and `compress` leave, in exchange for those that cannot.
 
 `nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the
-same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, same weights.
+same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, same weights. A
+residual block whose branch has no channels left is a `Shift`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +90,24 @@ class HeadAttention(nn.Module):
             return out, None
         shown = weights.mean(1) if average_attn_weights else weights
         return out, shown.squeeze(0) if single else shown
+
+
+class Shift(nn.Module):
+    """x + bias, or relu(x + bias): a residual block whose branch is a constant.
+
+    bias (C,): of the channels of x, an axis that `after` others follow."""
+
+    def __init__(self, bias: Tensor, after: int, rectified: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.after, self.rectified = after, rectified
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        shifted = x + self.bias.reshape(-1, *(1,) * self.after)
+        return shifted.relu_() if self.rectified else shifted
+
+    def extra_repr(self) -> str:
+        return f"{len(self.bias)}, after={self.after}, rectified={self.rectified}"
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,12 +29,13 @@ from ep_prune.fitting import fitted
 from ep_prune.latency import latency_of
 from ep_prune.layer_times import layer_times
 from ep_prune.measurements import Measurements, digest_of, measured
+from ep_prune.modules import Shift
 from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint, is_channels_last, keep_layouts_
 from ep_prune.probes import synthetic_probes
-from ep_prune.readers import Structure
 from ep_prune.rewrite import apply_round_
+from ep_prune.structure import Structure
 from ep_prune.trace import run, trace
 from ep_prune.trial import largest_good, read_in_training
 
@@ -70,6 +71,7 @@ class Work:
         self.course: tuple[Point, ...] = ()
         self.trials: list[Point] = []
         self.norms: tuple[Pair, ...] = ()
+        self.folds = False
         self.resume: FilePath | None = None
 
     @staticmethod
@@ -110,14 +112,41 @@ class Work:
     frozen: dict[tuple[str, int], str]
 
     def fold_norms(self) -> None:
-        """Have all narrow models' batch norms folded, where that changes nothing, and say how many they are."""
+        """Have all narrow models' batch norms folded, where that changes nothing."""
         self.norms = foldable(self.model, self.program.graph)
-        all_ = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
-        stay = all_ - len(self.norms)
-        self.notes.append(
-            f"{len(self.norms)} batch norms folded into the layers before them"
-            + (f"; {stay} stay: no plain layer before them that nothing else reads" if stay else "")
-        )
+        self.folds = True
+
+    def allow_branches(self, wanted: Callable[[str], bool]) -> None:
+        """Let residual branches of the `wanted` spaces go as a whole, where a trial run is right without them."""
+        offered = {name: b for name, b in self.structure.candidates(self.model).items() if wanted(name)}
+        if not offered:
+            return
+
+        def good(names: Sequence[str]) -> bool:
+            self.structure.allow({name: offered[name] for name in names})
+            kept = self.structure.everything()
+            for name in names:
+                kept[offered[name].last.roots] = False
+            kept = self.structure.close(kept)
+            return self._same(kept, self.masked(kept)) is None
+
+        self.step("rehearsing branches")
+        allowed, _ = largest_good(list(offered), good)
+        self.structure.allow({name: offered[name] for name in allowed})
+
+    def _norms_left(self, kept: Tensor) -> tuple[Pair, ...]:
+        """Those to be folded, of a narrow model in which whole branches may have gone."""
+        gone = self.structure.vanished(kept)
+        return tuple(pair for pair in self.norms if not any(branch.holds(pair[0]) for branch in gone))
+
+    def sketch(self, kept: Tensor) -> nn.Module:
+        """A model of the narrow shapes, not fitted: to be timed."""
+        narrow = copy.deepcopy(self.model)
+        apply_round_(narrow, self.structure.round(kept, self.masked(kept)))
+        fold_norms_(narrow, self._norms_left(kept))
+        keep_layouts_(self.wide, narrow)
+        dtype = next((p.dtype for p in self.wide.parameters()), torch.float32)
+        return narrow.to(dtype)
 
     def step(self, text: str) -> None:
         self.bar.set_postfix_str(text)
@@ -334,10 +363,11 @@ class Work:
             step = self.structure.round(kept, own)
             apply_round_(narrow, step)
             rounds.append(step)
-        fold_norms_(narrow, self.norms)
+        norms = self._norms_left(kept)
+        fold_norms_(narrow, norms)
         keep_layouts_(self.wide, narrow)
         made_for = fingerprint(self.wide.state_dict())
-        plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=made_for, norms=self.norms)
+        plan = replace(self.reduced.plan, rounds=tuple(rounds), fingerprint=made_for, norms=norms)
         return narrow, plan, self._held(narrow, held, errors)
 
     def _held(self, narrow: nn.Module, held: Sequence[Sequence[Tensor]], errors: Mapping[str, float]) -> Held:
@@ -360,11 +390,20 @@ class Work:
         change = max((change / size if size else change for change, size in worst.values()), default=0.0)
         return Held(statistics.fmean(losses), statistics.fmean(equal) if equal else None, change, errors)
 
-    def report(self, narrow: nn.Module, held: Held, asked: Asked, seconds: float) -> CompressReport:
+    def report(self, narrow: nn.Module, plan: Plan, held: Held, asked: Asked, seconds: float) -> CompressReport:
         after = cost(narrow, self.example)
         widths = []
         for record in self.reduced.report.spaces:
             widths.append(Width(record.name, record.before, _width_now(narrow, record.producers, record.after)))
+        notes = list(self.notes)
+        if gone := [name for name, module in narrow.named_modules() if isinstance(module, Shift)]:
+            notes.append(f"{len(gone)} residual branches taken out whole: {', '.join(gone)}")
+        if self.folds:
+            stay = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in narrow.modules())
+            notes.append(
+                f"{len(plan.norms)} batch norms folded into the layers before them"
+                + (f"; {stay} stay: no plain layer before them that nothing else reads" if stay else "")
+            )
         return CompressReport(
             budget=str(asked),
             widths=tuple(widths),
@@ -384,7 +423,7 @@ class Work:
             latency_after=latency_of(narrow, self.example),
             untouched=dict(self.structure.untouched),
             barriers=dict(self.reduced.report.barriers),
-            notes=tuple(self.notes),
+            notes=tuple(notes),
             seconds=seconds,
         )
 
@@ -399,8 +438,12 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def _width_now(narrow: nn.Module, producers: Sequence[str], otherwise: int) -> int:
     tensors = dict(narrow.named_parameters(remove_duplicate=False))
+    modules = dict(narrow.named_modules(remove_duplicate=False))
     found = []
     for name in producers:
+        if name.rpartition(".")[0] not in modules:  # a branch that went
+            otherwise = 0
+            continue
         module = narrow.get_submodule(name.rpartition(".")[0]) if name.rpartition(".")[0] else narrow
         if name in tensors:
             if isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ep_prune.calibrate import Program, Values, bytes_of, positions
 from ep_prune.graph import Extreme, Item, Node, Normalize, Pass, Pointwise, Stencil
-from ep_prune.readers import Reader, Structure
+from ep_prune.readers import Reader
 from ep_prune.rules import kind_of
+from ep_prune.structure import Structure
 
 ROWS = 2**17
 """Outputs of the second weight, about, that steps are made of: at fewer places of an image, more images."""

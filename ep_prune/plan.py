@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Heads, Mix, Refit, Round, Scale
+from ep_prune.embedding import ChannelEmbedding, Cut, Fold, Heads, Mix, Refit, Round, Scale, Vanished
 from ep_prune.errors import PlanError
 from ep_prune.graph import Layout
 from ep_prune.norm_folding import Pair, fold_norms_
@@ -138,10 +138,12 @@ class Plan:
                 ],
                 "heads": [[h.layer, h.heads, h.shared, h.size, h.alike] for h in step.heads],
                 "scales": [[s.tensor, s.axis, keep(s.places), keep(s.factor)] for s in step.scales],
+                "vanished": [[v.module, keep(v.shift), v.after, v.rectified] for v in step.vanished],
             }
             for step in self.rounds
         ]
-        version = 6 if self.norms else 5  # as old as can be, for those who read it
+        # as old as can be, for those who read it
+        version = 7 if any(step.vanished for step in self.rounds) else 6 if self.norms else 5
         header = {"version": version, "fingerprint": self.fingerprint, "notes": self.notes, "rounds": rounds}
         if self.domain is not None:
             header["domain"] = self.domain
@@ -155,8 +157,8 @@ class Plan:
     def from_tensors(tensors: Mapping[str, Tensor], header: str) -> Plan:
         """The inverse of `to_tensors`."""
         data: dict[str, Any] = json.loads(header)
-        if data.get("version") not in (2, 3, 4, 5, 6):
-            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 6")
+        if data.get("version") not in (2, 3, 4, 5, 6, 7):
+            raise PlanError(f"a plan of version {data.get('version')}: this package reads versions 2 to 7")
 
         def fold(item: dict[str, Any]) -> Fold:
             groups, inputs_first, taps = item["layout"]
@@ -201,6 +203,10 @@ class Plan:
                     for layer, heads, shared, size, *alike in step.get("heads", ())
                 ),
                 tuple(scale(*item) for item in step.get("scales", ())),
+                tuple(
+                    Vanished(str(module), tensors[shift], int(after), bool(rectified))
+                    for module, shift, after, rectified in step.get("vanished", ())
+                ),
             )
             for step in data["rounds"]
         )

@@ -62,12 +62,19 @@ class Selection:
     """By root, why it stays: a place in `STAYED`."""
     scales: tuple[Scale, ...] = ()
     """What makes up for channels that norms no longer see."""
+    optional: Tensor | None = None
+    """(slots,) by root: those of a layer of which all may go; None: of every layer one stays."""
 
     def keep(self, roots: Tensor, why: str) -> None:
         """Keep more slots, noting why."""
         new = roots[~self.kept[roots]]
         self.kept[new] = True
         self.why[new] = STAYED.index(why)
+
+    def needs_one(self, layer: Tensor) -> bool:
+        """Whether none of a layer's roots is kept, and one must be."""
+        some = bool(self.kept[layer].any())
+        return not some and (self.optional is None or not bool(self.optional[layer].all()))
 
     def is_kept(self, slots: Tensor) -> Tensor:
         return self.kept[self.roots[slots]]
@@ -164,10 +171,10 @@ def close(chosen: Selection, last: bool = True) -> None:
         if not last:
             return
         for bound in slots.bound.values():  # last: a head that stays brings its channels along
-            if not bool(chosen.kept[roots[bound]].any()):
+            if chosen.needs_one(roots[bound]):
                 chosen.keep(roots[bound[:1]], "last of its layer")
         for demand in chosen.demands.values():
-            if not bool(chosen.kept[demand.roots].any()):
+            if chosen.needs_one(demand.roots):
                 chosen.keep(demand.roots[:1], "last of its layer")
         if int(chosen.kept.sum()) == before:
             return

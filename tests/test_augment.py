@@ -8,7 +8,7 @@ import ep_prune as ep
 from ep_prune import augment
 from ep_prune.augment import augmented
 from ep_prune.calibrate import Program
-from ep_prune.readers import Structure
+from ep_prune.structure import Structure
 from ep_prune.trace import trace
 
 

@@ -64,6 +64,8 @@ LAYERS = (
     "projection",
     "gauss_newton",
     "readers",
+    "branches",
+    "structure",
     "pairs",
     "divergence",
     "augment",

@@ -13,7 +13,7 @@ from ep_prune.budget import allowed_widths, descend
 from ep_prune.calibrate import Program
 from ep_prune.curves import Curve
 from ep_prune.layer_times import LayerTimes, layer_times
-from ep_prune.readers import Structure
+from ep_prune.structure import Structure
 from ep_prune.trace import trace
 
 

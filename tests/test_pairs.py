@@ -11,7 +11,7 @@ from ep_prune import fitting, gauss_newton
 from ep_prune.calibrate import Program
 from ep_prune.gauss_newton import Linear, Metric, improved
 from ep_prune.pairs import Block, pairs_of
-from ep_prune.readers import Structure
+from ep_prune.structure import Structure
 from ep_prune.trace import trace
 
 

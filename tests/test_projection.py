@@ -11,8 +11,8 @@ from ep_prune import projection
 from ep_prune.calibrate import Program, Rows
 from ep_prune.cost import cost
 from ep_prune.projection import RIDGES, Moments, Reading, eliminate, fit, through, weighted
-from ep_prune.readers import Structure
 from ep_prune.rewrite import apply_round_
+from ep_prune.structure import Structure
 from ep_prune.trace import trace
 
 

@@ -1,0 +1,224 @@
+"""Residual branches that go as a whole, `min_width=0`: where nothing is lost by it, where it cannot be, and the plan."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import ep_prune as ep
+from ep_prune.cost import cost
+from ep_prune.modules import Shift
+
+
+class Block(nn.Module):
+    """A residual block; `before`: norms and ReLUs before the convolutions, none after the sum."""
+
+    def __init__(self, width: int, inner: int, before: bool = False) -> None:
+        super().__init__()
+        self.before = before
+        self.conv1 = nn.Conv2d(width, inner, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(inner, width, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width if before else inner), nn.BatchNorm2d(inner if before else width)
+        self.relu = nn.ReLU(inplace=not before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.before:
+            return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+
+class Units(nn.Module):
+    """x + fc2(relu(fc1(x))), on the last axis."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.fc1(x).relu())
+
+
+def images(blocks: int = 3, before: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(
+        stem, *(Block(8, 8, before) for _ in range(blocks)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+def quiet(block: nn.Module) -> None:
+    """A branch of which little but a constant is left, and which is not exactly one."""
+    last = block.conv2 if isinstance(block, Block) else block.fc2
+    with torch.no_grad():
+        last.weight *= 1e-6
+
+
+def pictures(count: int = 64) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def without_one(model: nn.Module, x: Tensor, **asked: object) -> ep.Compressed:
+    """Compressed so far that one branch of three must go, since all else has to stay."""
+    whole = cost(model, x[:1]).macs
+    block = 2 * 8 * 8 * 9 * 64
+    others = ["0.0", "1.conv1", "3.conv1"]
+    return ep.compress(
+        model, x[:1], x, keep_macs=(whole - block) / whole, min_width=0, protect=others, progress=False, **asked
+    )
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["norms after", "norms before"])
+@pytest.mark.parametrize("fold", [False, True], ids=["as it is", "folded"])
+def test_a_branch_that_does_nothing_goes(before: bool, fold: bool) -> None:
+    model, x = images(before=before), pictures()
+    quiet(model[2])
+    found = without_one(model, x, fold_batch_norm=fold)
+    assert isinstance(found.model[2], Shift) and found.model[2].rectified is not before
+    assert isinstance(found.model[1], Block) and isinstance(found.model[3], Block)
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-3, atol=1e-4)
+    assert [(w.before, w.after) for w in found.report.widths if "2.conv1" in w.name] == [(8, 0)]
+    assert any("1 residual branches taken out whole: 2" in note for note in found.report.notes)
+    assert found.report.after.macs == cost(found.model, x[:1]).macs
+
+
+def test_what_is_counted_is_what_is_left() -> None:
+    model, x = images(), pictures()
+    found = without_one(model, x)
+    after = cost(found.model, x[:1])
+    (trial,) = found.report.trials
+    assert (trial.macs, trial.parameters) == (after.macs, after.parameters)
+    assert after.parameters == sum(p.numel() for p in found.model.parameters())
+
+
+def test_the_last_axis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), *(Units(8, 12) for _ in range(3)), nn.Linear(8, 4)).eval()
+    quiet(model[2])
+    x = torch.randn(64, 5, 6)
+    rest = {"protect": ["0", "1.fc1", "3.fc1"], "progress": False}
+    found = ep.compress(model, x[:1], x, keep_macs=1 - 192 / cost(model, x[0, :1]).macs, min_width=0, **rest)
+    assert isinstance(found.model[2], Shift) and not found.model[2].rectified and found.model[2].after == 0
+    assert found.report.divergence < 0.1
+
+
+def test_one_channel_is_left_unless_asked_otherwise() -> None:
+    model, x = images(), pictures()
+    quiet(model[2])
+    found = ep.compress(model, x[:1], x, keep_macs=0.5, progress=False)
+    assert not any(isinstance(module, Shift) for module in found.model.modules())
+    one = ep.compress(model, x[:1], x, keep_macs=0.3, min_width={"1.conv1": 0}, progress=False)
+    assert {n for n, m in one.model.named_modules() if isinstance(m, Shift)} <= {"1"}
+
+
+def test_a_branch_that_reduce_leaves_one_channel_of() -> None:
+    """It is no space that can be narrowed, and may go nevertheless."""
+    model, x = images(), pictures()
+    with torch.no_grad():
+        model[2].conv2.weight.zero_()
+    found = without_one(model, x)
+    assert isinstance(found.model[2], Shift)
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-4, atol=1e-4)
+    plain = ep.compress(model, x[:1], x, keep_macs=0.99, progress=False)
+    assert plain.model[2].conv1.out_channels == 1
+
+
+def test_plan(tmp_path) -> None:
+    model, x = images(), pictures()
+    quiet(model[2])
+    found = without_one(model, x, fold_batch_norm=True)
+    found.plan.save(tmp_path / "plan.safetensors")
+    with safe_open(str(tmp_path / "plan.safetensors"), "pt") as file:
+        assert json.loads(file.metadata()["ep_prune.plan"])["version"] == 7
+    again = ep.Plan.load(tmp_path / "plan.safetensors").apply(copy.deepcopy(model))
+    assert isinstance(again[2], Shift)
+    assert torch.equal(again(x), found.model(x))
+
+
+def test_what_is_measured_is_kept_and_not_mixed_up(tmp_path) -> None:
+    model, x = images(), pictures()
+    file = tmp_path / "measured"
+    first = without_one(model, x, resume=file)
+    again = without_one(model, x, resume=file)
+    assert torch.equal(first.model(x), again.model(x))
+    with pytest.raises(ep.InputError, match="name another file"):
+        ep.compress(model, x[:1], x, keep_macs=0.7, resume=file, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_and_layouts(dtype: torch.dtype) -> None:
+    model, x = images(), pictures()
+    quiet(model[2])
+    model = model.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    found = without_one(model, x)
+    shift = found.model[2]
+    assert isinstance(shift, Shift) and shift.bias.dtype == dtype and not shift.bias.requires_grad
+    inner = found.model[0](x)
+    assert shift(inner).is_contiguous(memory_format=torch.channels_last)
+
+
+class Curious(nn.Module):
+    """Its code reads the size of a weight inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = images()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * (1.0 if self.body[2].conv1.weight.shape[1] else 0.0)
+
+
+def held_by_a_hook() -> nn.Module:
+    model = images()
+    model[2].register_forward_hook(lambda *_: None)
+    return model
+
+
+def shared() -> nn.Module:
+    model = images()
+    model[2].conv1.weight = model[3].conv1.weight
+    return model
+
+
+def twice() -> nn.Module:
+    model = images()
+    return nn.Sequential(*model[:3], model[2], *model[3:])
+
+
+@pytest.mark.parametrize("make", [Curious, held_by_a_hook, shared, twice])
+def test_branches_that_stay(make) -> None:
+    """Whatever the budget: the block is still there, and the model runs and answers as what was fitted."""
+    model, x = make().eval(), pictures()
+    found = ep.compress(model, x[:1], x, keep_macs=0.6, min_width=0, progress=False)
+    body = found.model.body if isinstance(model, Curious) else found.model
+    assert isinstance(body[2], Block)
+    assert body(x).isfinite().all()
+
+
+def test_a_projected_shortcut_is_no_constant() -> None:
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(8, 3, 32, 32)
+    found = ep.compress(model, x[:1], x, keep_macs=0.05, min_width=0, progress=False)
+    gone = {n for n, m in found.model.named_modules() if isinstance(m, Shift)}
+    assert gone and gone <= {"layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"}
+    assert found.model(x).isfinite().all()
+
+
+def test_milliseconds() -> None:
+    """What takes no time is not in the table of layer times, either."""
+    model, x = images(), pictures()
+    quiet(model[2])
+    found = ep.compress(model, x[:1], x, latency=1e3, min_width=0, progress=False)
+    assert found.report.latency_after <= 1e3
