@@ -60,7 +60,7 @@ bench-cifar: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.cifar $(ARGS)
 
 bench-speed: $(READY_BENCH)
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+	$(BIN)/python -m benchmarks.speed --by-time 1.65 $(ARGS)
 
 bench-cost: $(READY_BENCH)
 	$(BIN)/python -m benchmarks.compress_cost $(ARGS)

@@ -26,7 +26,10 @@ FOLDED_TIMES = (
     "over the folded wide",
 )  # fmt: skip
 BY_TIME = "latency="
-TIMED = ("network", "images", "asked, ms", "MACs kept", "accuracy, %", "wide, ms", "latency=, ms", "speed-up")
+TIMED = (
+    "network", "images", "asked, ms", "MACs kept", "branches gone", "accuracy, %", "wide, ms", "wide folded, ms",
+    "latency=, ms", "over the given wide", "over the folded wide",
+)  # fmt: skip
 MODELS = (
     "network", "round_to", "MACs kept", "parameters kept", "accuracy, %", "equal decisions, held out",
     "calibration images", "seconds of compress",
@@ -65,7 +68,8 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
     if any(one.by_time for one in found):
         parts += [
             "",
-            "Half of the MACs and milliseconds both asked for, `latency=`, norms folded:",
+            "Half of the MACs and milliseconds both asked for, `latency=`, with `round_to=8`, `min_width=0` and folded "
+            "norms:",
             "",
             *head(TIMED),
         ]
@@ -86,37 +90,43 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
 
 
 def verdicts(found: Iterable[Any], goal: float) -> list[str]:
-    """Lines for every network, device and batch: whether rounded widths reach the goal, as they are and folded."""
+    """Lines for every network, device and batch: whether rounded widths reach the goal, as they are, folded, and
+    asked for in milliseconds."""
     lines = []
+
+    def verdict(network: str, timing: Any, model: str, than: str, which: str) -> None:
+        many = "1 image" if timing.batch == 1 else f"{timing.batch} images"
+        ratio, (low, high) = timing.faster(model, than), timing.spread(model, than)
+        said = "reached" if ratio >= goal else "MISSED"
+        if low < goal < high:
+            said += ", within the spread of the turns: repeat on a machine without other work"
+        lines.append(f"* {network}, {timing.device}, {many}{which}: {ratio:.2f}x, goal of {goal}x {said}")
+
     for one in found:
         for timing in one.timings:
             wide, narrow = list(timing.times)[:2]
-            asked = [(narrow, wide, "")]
+            verdict(one.network, timing, narrow, wide, "")
             if narrow + FOLDED in timing.times:
-                asked += [(narrow + FOLDED, wide, ", folded"), (narrow + FOLDED, wide + FOLDED, ", both folded")]
-            many = "1 image" if timing.batch == 1 else f"{timing.batch} images"
-            for model, than, which in asked:
-                ratio, (low, high) = timing.faster(model, than), timing.spread(model, than)
-                said = "reached" if ratio >= goal else "MISSED"
-                if low < goal < high:
-                    said += ", within the spread of the turns: repeat on a machine without other work"
-                lines.append(
-                    f"* {one.network}, {timing.device}, {many}{which}: {ratio:.2f}x, goal of {goal}x {said}"
-                )
+                verdict(one.network, timing, narrow + FOLDED, wide, ", folded")
+                verdict(one.network, timing, narrow + FOLDED, wide + FOLDED, ", both folded")
+        for made in one.by_time:
+            if made.timing is not None:
+                for than, which in (("wide", f", {BY_TIME}"), (f"wide{FOLDED}", f", {BY_TIME}, both folded")):
+                    verdict(one.network, made.timing, BY_TIME, than, which)
     return lines
 
 
 def _timed(one: Any, made: Any) -> list[str]:
     cells = [one.network, str(made.batch), f"{made.asked:.4g}"]
     if made.timing is None:
-        return [*cells, "", "", "", "", made.refused]
-    low, high = made.timing.spread(BY_TIME)
+        return [*cells, *[""] * (len(TIMED) - len(cells) - 1), made.refused]
     accuracy = "" if made.accuracy is None else f"{one.accuracy:.1f} -> {made.accuracy:.1f}"
-    pairs = [_pair(made.timing, name) for name in ("wide", BY_TIME)]
-    return [
-        *cells, f"{made.macs / one.macs:.3f}", accuracy, *pairs,
-        f"{made.timing.faster(BY_TIME):.2f}x ({low:.2f}–{high:.2f})",
-    ]  # fmt: skip
+    cells += [f"{made.macs / one.macs:.3f}", str(made.branches), accuracy]
+    cells += [_pair(made.timing, name) for name in made.timing.times]
+    for than in ("wide", f"wide{FOLDED}"):
+        low, high = made.timing.spread(BY_TIME, than)
+        cells.append(f"{made.timing.faster(BY_TIME, than):.2f}x ({low:.2f}–{high:.2f})")
+    return cells
 
 
 def _pair(timing: Any, model: str) -> str:
