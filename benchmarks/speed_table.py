@@ -68,8 +68,7 @@ def table(found: Iterable[Any], machine: Mapping[str, Any], misses: Sequence[str
     if any(one.by_time for one in found):
         parts += [
             "",
-            "Half of the MACs and milliseconds both asked for, `latency=`, with `round_to=8`, `min_width=0` and folded "
-            "norms:",
+            "Half of the MACs and milliseconds asked for: `latency=`, `round_to=8`, `min_width=0`, norms folded:",
             "",
             *head(TIMED),
         ]

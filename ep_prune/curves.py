@@ -261,9 +261,7 @@ def curves(
                 each = least = int(space.sections.max()) + 1
                 order, costs = in_turn(order, costs, space.sections)
             shares = [*fractions, 0.0] if space.name in structure.branches else fractions
-            widths = sorted(
-                {max(least, each * round(f * count / each)) for f in shares} - {count}, reverse=True
-            )
+            widths = sorted({max(least, each * round(f * count / each)) for f in shares} - {count}, reverse=True)
             measured = []
             for width in widths:
                 kept = structure.everything()

@@ -1,4 +1,4 @@
-"""Residual branches that go as a whole, `min_width=0`: where nothing is lost by it, where it cannot be, and the plan."""
+"""Residual branches that go as a whole, `min_width=0`: where nothing is lost, where they stay, and the plan."""
 
 import copy
 import json
