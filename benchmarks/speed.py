@@ -56,7 +56,7 @@ from benchmarks.speed_table import BY_TIME, FOLDED, table
 from benchmarks.wide_networks import noise, vgg16, wide_resnet
 from ep_prune.cost import cost
 from ep_prune.latency import latency_of
-from ep_prune.modules import Shift
+from ep_prune.modules import Constant
 from ep_prune.norm_folding import fold_norms_, foldable
 from ep_prune.plan import Plan, fingerprint
 from ep_prune.trace import prepare, trace
@@ -252,7 +252,7 @@ def by_time(
         return found
     found.macs = result.report.after.macs
     found.accuracy = None if network.test is None else zoo.accuracy(result.model, *network.test())
-    found.branches = sum(isinstance(module, Shift) for module in result.model.modules())
+    found.branches = sum(isinstance(module, Constant) for module in result.model.modules())
     models = {"wide": wide, f"wide{FOLDED}": folded(wide, images[:4]), BY_TIME: result.model}
     found.timing = timed(models, network.images(1, batch), "cpu", seconds)
     return found

@@ -1,9 +1,10 @@
-"""Residual branches that may go as a whole: y = relu(x + branch(x)), or x + branch(x), where all that the last
-weight of the branch reads is one space of channels. Once none of these is left, the branch is a constant, and the
-module that holds it, and computes nothing else, becomes a `Shift`.
+"""Residual branches that may go as a whole: x + branch(x), where all that the last weight of the branch reads is
+one space of channels. Once none of these is left, the branch is a constant t. The module that holds the sum, too,
+becomes a `Shift`, x + t or relu(x + t); where the branch alone is a module (the MLP of a transformer's block),
+that becomes a `Constant`.
 
-Such a module is found in the trace: what it computes reads one tensor and weights of its own, only its sum (or the
-ReLU behind) is read elsewhere. That it is called as `module(x)` and returns y is left to a trial run.
+Such a module is found in the trace: what it computes reads one tensor and weights of its own, only its result is
+read elsewhere. That it is called as `module(x)` and returns that result is left to a trial run.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from ep_prune.slots import Blends, EqualCounts, Fewer, Groups, Slots
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """What may go with the channels of one space. last: the weight that reads them; rectified: whether a ReLU
-    follows the sum, inside of `module`."""
+    """What may go with the channels of one space. last: the weight that reads them; summed: whether `module` holds
+    the sum with what it reads, too; rectified: and the ReLU behind."""
 
     module: str
     last: Reader
+    summed: bool
     rectified: bool
 
     def holds(self, name: str) -> bool:
@@ -63,23 +65,26 @@ def branches_of(
         last = _last(readers, space)
         if last is None or bool(torch.isin(space.roots, tied).any()):
             continue
-        end, rectified = _end(last, graph)
-        name = last.node.layer if end is not None else ""
-        while end is not None and (name := name.rpartition(".")[0]):
+        course = _course(last, graph)
+        name = last.node.layer
+        while name := name.rpartition(".")[0]:  # the outermost that will do
             module = modules.get(name)
-            if module is None or not within.is_alone(name, end, last.other):
+            made = within.reads_and_makes(name)
+            if module is None or made is None or module._forward_hooks or module._forward_pre_hooks:
                 continue
-            if not (module._forward_hooks or module._forward_pre_hooks):
-                found[space.name] = Branch(name, last, rectified)
-            break
+            given, end = made
+            if end in course.sums and given is last.other:
+                found[space.name] = Branch(name, last, True, end is not course.sums[0])
+            elif end in course.own and given.shape == end.shape:
+                found[space.name] = Branch(name, last, False, False)
     return found
 
 
 def tied_roots(slots: Slots, roots: Tensor) -> Tensor:
-    """The roots that equal groups, parts or heads hold together."""
+    """The roots that equal groups, parts or heads hold together; not those of depthwise layers."""
     found = [torch.empty(0, dtype=torch.int64)]
     for constraint in slots.constraints:
-        if isinstance(constraint, Groups):
+        if isinstance(constraint, Groups) and constraint.inputs.shape[1] > 1:
             found += [constraint.inputs, constraint.outputs]
         elif isinstance(constraint, EqualCounts):
             found += constraint.sections
@@ -91,8 +96,9 @@ def tied_roots(slots: Slots, roots: Tensor) -> Tensor:
 
 
 def _last(readers: Sequence[Reader], space: Free) -> Reader | None:
-    """The weight that alone reads the space, and nothing else, and whose output is added to what is there."""
-    found = reads(readers, space.roots)
+    """The weight that alone, but for depthwise ones, reads the space, and nothing else, and whose output is added
+    to what is there."""
+    found = [reader for reader in reads(readers, space.roots) if not reader.depthwise]
     if len(found) != 1:
         return None
     (last,) = found
@@ -101,25 +107,34 @@ def _last(readers: Sequence[Reader], space: Free) -> Reader | None:
     return last if whole and plain and last.other is not None and space.sections is None else None
 
 
-def _end(last: Reader, graph: Graph) -> tuple[Node | None, bool]:
-    """The sum with what `last` makes, or the ReLU that alone reads it; and which of the two."""
+@dataclass(frozen=True)
+class _Course:
+    """The nodes behind a weight, one after the other. own: its output, and what norms make of it; sums: the sum
+    with what is there, and its ReLU."""
+
+    own: list[Node]
+    sums: list[Node]
+
+
+def _course(last: Reader, graph: Graph) -> _Course:
     users = graph.users()
-    at, summed = last.node, False
+    course = _Course([last.node], [])
+    at = last.node
     while len(users[at]) == 1 and at not in graph.outputs:
         user = users[at][0]
         kind = kind_of(user, graph)
-        if isinstance(kind, Pointwise) and summed and user.op == "aten.relu":
-            return user, True
-        if summed:
+        if course.sums:
+            if isinstance(kind, Pointwise) and user.op == "aten.relu":
+                course.sums.append(user)
             break
-        if isinstance(kind, Sum):
-            summed = kind.alpha == 1 and last.other in (kind.x, kind.y)
-            if not summed:
-                return None, False
-        elif not (isinstance(kind, Pass | Item) or (isinstance(kind, Normalize) and kind == last.norm)):
-            return None, False
+        if isinstance(kind, Sum) and kind.alpha == 1 and last.other in (kind.x, kind.y):
+            course.sums.append(user)
+        elif isinstance(kind, Pass | Item) or (isinstance(kind, Normalize) and kind == last.norm):
+            course.own.append(user)
+        else:
+            break
         at = user
-    return (at, False) if summed else (None, False)
+    return course
 
 
 class _Modules:
@@ -128,20 +143,23 @@ class _Modules:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.users = graph, graph.users()
 
-    def is_alone(self, module: str, end: Node, given: Node | None) -> bool:
-        """Whether a module reads `given` and weights of its own, and only `end` is read elsewhere."""
+    def reads_and_makes(self, module: str) -> tuple[Node, Node] | None:
+        """The one tensor that a module reads, beside weights of its own that nothing else reads, and the one of
+        its results that is read elsewhere; None where there are others."""
         graph, inside = self.graph, f"{module}."
         nodes = {n for n in graph.nodes if n.tensor is None and f"{n.layer}.".startswith(inside)}
-        if end not in nodes or given in nodes or any(n in graph.outputs for n in nodes - {end}):
-            return False
-        if any(user not in nodes for node in nodes - {end} for user in self.users[node]):
-            return False
         operands = {operand for node in nodes for operand in node.operands()} - nodes
         weights = {operand for operand in operands if operand.tensor is not None}
-        own = all(
-            name.startswith(inside)
-            for weight in weights
-            for name in graph.aliases.get(str(weight.tensor), (str(weight.tensor),))
-        )
-        named = {n for n in graph.nodes if n.tensor is not None and n.tensor.startswith(inside)}
-        return own and operands - weights == {given} and all(u in nodes for n in named for u in self.users[n])
+        given = operands - weights
+        made = {n for n in nodes if n in graph.outputs or any(user not in nodes for user in self.users[n])}
+        names = [str(weight.tensor) for weight in weights]
+        own = all(name.startswith(inside) for n in names for name in graph.aliases.get(n, (n,)))
+        named = (n for n in graph.nodes if n.tensor is not None and n.tensor.startswith(inside))
+        if (
+            not own
+            or len(given) != 1
+            or len(made) != 1
+            or any(u not in nodes for n in named for u in self.users[n])
+        ):
+            return None
+        return given.pop(), made.pop()

@@ -31,10 +31,12 @@ from tqdm.auto import tqdm
 
 from ep_prune.budget import Asked, Path
 from ep_prune.calibrate import SAMPLES
-from ep_prune.compress_report import CompressReport
-from ep_prune.cost import Cost
+from ep_prune.compress_report import CompressReport, Width
+from ep_prune.cost import Cost, cost
 from ep_prune.errors import InputError
 from ep_prune.latency import latency_of
+from ep_prune.memory import peak_memory_of
+from ep_prune.modules import Constant
 from ep_prune.narrowing import Held, Work
 from ep_prune.pipeline import Result, reduce
 from ep_prune.plan import Plan, with_modes_of
@@ -92,7 +94,7 @@ def compress(
         round_to: widths become multiples of this (what is not narrowed keeps its width).
         protect: names of layers whose channels all stay.
         min_width: the least that any space, or a space by its name, may keep. 0 lets a residual branch go as a
-            whole, where it alone makes up its module: what is left of that is `ep_prune.modules.Shift`.
+            whole, where it, or it and the sum, make up a module: `ep_prune.modules.Constant` or `Shift` is left.
         samples: calibration samples used, at most.
         seed: of samples, rows and probes.
         progress: show a progress bar; by default on a terminal only.
@@ -128,7 +130,7 @@ def compress(
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)
             narrow, plan, held = work.narrow(path, state)
-        report = work.report(narrow, plan, held, asked, time.perf_counter() - start)
+        report = _report(work, narrow, plan, held, asked, time.perf_counter() - start)
     return Compressed(with_modes_of(model, narrow), plan, report, reduced)
 
 
@@ -152,14 +154,13 @@ def _chosen(work: Work, path: Path, asked: Asked) -> Tensor:
         reference = _figure(work, asked.evaluate, work.wide)
     counted = len(path.states) - 1 if asked.keep_macs is not None or asked.keep_params is not None else 0
 
+    if asked.latency is not None:
+        return _fast_enough(work, path, asked, asked.latency, reference)
+
     def good(state: Tensor) -> bool:
         narrow, _, held = work.narrow(path, state)
-        if asked.latency is not None and latency_of(narrow, work.example) > asked.latency:
-            return False
         return _faithful(work, asked, narrow, held, reference)
 
-    if asked.latency is not None:  # the widest that is fast enough, if the other budgets allow it
-        return _fast_enough(work, path, asked, good)
     if counted:  # the end of the path is the widest model of the counted budgets: it alone is in question
         if good(path.states[-1]):
             return path.states[-1]
@@ -193,25 +194,86 @@ def _figure(work: Work, evaluate: Callable[[nn.Module], float], model: nn.Module
     return figure
 
 
-def _fast_enough(work: Work, path: Path, asked: Asked, good: Callable[[Tensor], bool]) -> Tensor:
-    assert asked.latency is not None
+def _fast_enough(work: Work, path: Path, asked: Asked, limit: float, reference: float | None) -> Tensor:
+    """The widest that takes no more than `limit` milliseconds, if the other budgets allow it."""
 
-    def too_slow(state: Tensor) -> bool:
-        return latency_of(work.sketch(path.kept(state)), work.example) > asked.latency  # type: ignore[operator]
+    def slow(model: nn.Module) -> bool:  # twice: whatever else the machine does only makes calls slower
+        return latency_of(model, work.example) > limit and latency_of(model, work.example) > limit
 
-    last_slow = path.search(too_slow, 12)
+    last_slow = path.search(lambda state: slow(work.sketch(path.kept(state))), 12)
     place = 0 if last_slow is None else next(k for k, s in enumerate(path.states) if torch.equal(s, last_slow)) + 1
-    for state in path.states[place : place + 4]:  # what was fitted is measured itself
-        if good(state):
+    last = len(path.states) - 1
+    for k in sorted({min(place + 2**step - 1, last) for step in range(last.bit_length() + 1)}):
+        state: Tensor = path.states[k]
+        if k > place and slow(work.sketch(path.kept(state))):
+            continue
+        narrow, _, held = work.narrow(path, state)  # what was fitted is measured itself
+        if slow(narrow):
+            continue
+        if _faithful(work, asked, narrow, held, reference):
             return state
-    if place >= len(path.states):
-        fastest = path.states[-1]
-        narrow, _, _ = work.narrow(path, fastest)
-        raise InputError(
-            f"latency={asked.latency:g} ms cannot be met: the narrowest model takes "
-            f"{latency_of(narrow, work.example):.3g} ms here"
+        raise InputError("the budgets cannot be met together: allow a larger latency, max_drop or tol")
+    taken = latency_of(work.narrow(path, path.states[-1])[0], work.example)
+    raise InputError(f"latency={limit:g} ms cannot be met: the narrowest model takes {taken:.3g} ms here")
+
+
+def _report(work: Work, narrow: nn.Module, plan: Plan, held: Held, asked: Asked, seconds: float) -> CompressReport:
+    after = cost(narrow, work.example)
+    widths = []
+    for record in work.reduced.report.spaces:
+        widths.append(Width(record.name, record.before, _width_now(narrow, record.producers, record.after)))
+    notes = list(work.notes)
+    if gone := [name for name, module in narrow.named_modules() if isinstance(module, Constant)]:
+        notes.append(f"{len(gone)} residual branches taken out whole: {', '.join(gone)}")
+    if work.folds:
+        stay = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in narrow.modules())
+        notes.append(
+            f"{len(plan.norms)} batch norms folded into the layers before them"
+            + (f"; {stay} stay: no plain layer before them that nothing else reads" if stay else "")
         )
-    raise InputError("the budgets cannot be met together: allow a larger latency, max_drop or tol")
+    return CompressReport(
+        budget=str(asked),
+        widths=tuple(widths),
+        before=work.before,
+        reduced=work.base,
+        after=after,
+        divergence=held.divergence,
+        agreement=held.agreement,
+        change=held.change,
+        path=work.course,
+        trials=tuple(work.trials),
+        errors=dict(held.errors),
+        samples_given=work.samples.given,
+        samples_used=work.samples.used,
+        evaluations=work.evaluations,
+        latency_before=latency_of(work.wide, work.example),
+        latency_after=latency_of(narrow, work.example),
+        memory_before=peak_memory_of(work.wide, work.example),
+        memory_after=peak_memory_of(narrow, work.example),
+        untouched=dict(work.structure.untouched),
+        barriers=dict(work.reduced.report.barriers),
+        notes=tuple(notes),
+        seconds=seconds,
+    )
+
+
+def _width_now(narrow: nn.Module, producers: Sequence[str], otherwise: int) -> int:
+    tensors = dict(narrow.named_parameters(remove_duplicate=False))
+    modules = dict(narrow.named_modules(remove_duplicate=False))
+    found = []
+    for name in producers:
+        if name.rpartition(".")[0] not in modules:  # a branch that went
+            otherwise = 0
+            continue
+        module = narrow.get_submodule(name.rpartition(".")[0]) if name.rpartition(".")[0] else narrow
+        if name in tensors:
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                found.append(module.out_channels)
+            elif isinstance(module, nn.RNNBase):
+                found.append(module.proj_size if "weight_hr_" in name else module.hidden_size)
+            else:
+                found.append(tensors[name].shape[int(isinstance(module, nn.Embedding))])
+    return max(found, default=otherwise)
 
 
 __all__ = ["Compressed", "Cost", "compress", "latency_of"]

@@ -39,7 +39,8 @@ class CompressReport:
     measured on calibration samples that nothing was fitted on. errors: by weight, of its outputs on held-out
     rows, as a share of their variance. path: models from wide to the narrowest, with the divergence that the
     spaces' own curves add up to, before anything is fitted; trials: those that were fitted, with what was
-    measured. reduced: the cost once what is exact is gone. Latencies in milliseconds a call on the example."""
+    measured. reduced: the cost once what is exact is gone. Latencies in milliseconds a call on the example;
+    memory in bytes, the peak of such a call (`memory.peak_memory_of`)."""
 
     budget: str
     widths: tuple[Width, ...]
@@ -57,6 +58,8 @@ class CompressReport:
     evaluations: int
     latency_before: float
     latency_after: float
+    memory_before: int
+    memory_after: int
     untouched: dict[str, str]
     barriers: dict[str, str]
     notes: tuple[str, ...]
@@ -92,6 +95,7 @@ class CompressReport:
             f"parameters  {change(self.before.parameters, self.after.parameters)}",
             f"MACs        {change(self.before.macs, self.after.macs)}",
             f"latency     {self.latency_before:.3g} -> {self.latency_after:.3g} ms a call on the example",
+            f"memory      {self.memory_before / 1e6:.3g} -> {self.memory_after / 1e6:.3g} MB at its peak",
             f"grade       {self.grade}, on {self.samples_used} of {self.samples_given} samples",
             f"held out    divergence {self.divergence:.3g}"
             + (f", {self.agreement:.1%} equal decisions" if self.agreement is not None else "")

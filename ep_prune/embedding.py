@@ -143,13 +143,15 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Vanished:
-    """A residual block whose branch has no channels left: `module` becomes x + shift, or, `rectified`, its ReLU.
+    """A residual branch that has no channels left: `module` becomes `constant`; or, `summed`, x + constant; or,
+    `rectified`, too, the ReLU of that.
 
-    shift (C',): of the kept channels of x, along an axis that `after` others follow."""
+    constant (C',): of the kept channels of x, along an axis that `after` others follow."""
 
     module: str
-    shift: Tensor
+    constant: Tensor
     after: int
+    summed: bool
     rectified: bool
 
 

@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention` has as many channels in its heads as its inputs have in all. `HeadAttention` computes the
 same with four `nn.Linear`, whose sizes are free. `replace_` exchanges the one for the other, same weights. A
-residual block whose branch has no channels left is a `Shift`.
+residual branch that has no channels left is a `Constant`, its block a `Shift`.
 """
 
 from __future__ import annotations
@@ -92,22 +92,36 @@ class HeadAttention(nn.Module):
         return out, shown.squeeze(0) if single else shown
 
 
-class Shift(nn.Module):
-    """x + bias, or relu(x + bias): a residual block whose branch is a constant.
+class Constant(nn.Module):
+    """bias, in the shape of x: a residual branch that reads nothing.
 
     bias (C,): of the channels of x, an axis that `after` others follow."""
 
-    def __init__(self, bias: Tensor, after: int, rectified: bool) -> None:
+    def __init__(self, bias: Tensor, after: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias)
-        self.after, self.rectified = after, rectified
+        self.after = after
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.empty_like(x).copy_(self.bias.reshape(-1, *(1,) * self.after))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.bias)}, after={self.after}"
+
+
+class Shift(Constant):
+    """x + bias, or relu(x + bias): a residual block whose branch is a constant."""
+
+    def __init__(self, bias: Tensor, after: int, rectified: bool) -> None:
+        super().__init__(bias, after)
+        self.rectified = rectified
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         shifted = x + self.bias.reshape(-1, *(1,) * self.after)
         return shifted.relu_() if self.rectified else shifted
 
     def extra_repr(self) -> str:
-        return f"{len(self.bias)}, after={self.after}, rectified={self.rectified}"
+        return f"{super().extra_repr()}, rectified={self.rectified}"
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:

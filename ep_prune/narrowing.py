@@ -21,15 +21,13 @@ from torch.utils import _pytree as pytree
 from ep_prune.augment import augmented
 from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
-from ep_prune.compress_report import CompressReport, Point, Width
+from ep_prune.compress_report import Point
 from ep_prune.cost import cost
 from ep_prune.divergence import agreement, classes_seen, divergence
 from ep_prune.errors import InputError, VerificationError
 from ep_prune.fitting import fitted
-from ep_prune.latency import latency_of
 from ep_prune.layer_times import layer_times
 from ep_prune.measurements import Measurements, digest_of, measured
-from ep_prune.modules import Shift
 from ep_prune.norm_folding import Pair, fold_norms_, foldable
 from ep_prune.pipeline import Result, held_by_their_class, protected
 from ep_prune.plan import Plan, fingerprint, is_channels_last, keep_layouts_
@@ -390,43 +388,6 @@ class Work:
         change = max((change / size if size else change for change, size in worst.values()), default=0.0)
         return Held(statistics.fmean(losses), statistics.fmean(equal) if equal else None, change, errors)
 
-    def report(self, narrow: nn.Module, plan: Plan, held: Held, asked: Asked, seconds: float) -> CompressReport:
-        after = cost(narrow, self.example)
-        widths = []
-        for record in self.reduced.report.spaces:
-            widths.append(Width(record.name, record.before, _width_now(narrow, record.producers, record.after)))
-        notes = list(self.notes)
-        if gone := [name for name, module in narrow.named_modules() if isinstance(module, Shift)]:
-            notes.append(f"{len(gone)} residual branches taken out whole: {', '.join(gone)}")
-        if self.folds:
-            stay = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in narrow.modules())
-            notes.append(
-                f"{len(plan.norms)} batch norms folded into the layers before them"
-                + (f"; {stay} stay: no plain layer before them that nothing else reads" if stay else "")
-            )
-        return CompressReport(
-            budget=str(asked),
-            widths=tuple(widths),
-            before=self.before,
-            reduced=self.base,
-            after=after,
-            divergence=held.divergence,
-            agreement=held.agreement,
-            change=held.change,
-            path=self.course,
-            trials=tuple(self.trials),
-            errors=dict(held.errors),
-            samples_given=self.samples.given,
-            samples_used=self.samples.used,
-            evaluations=self.evaluations,
-            latency_before=latency_of(self.wide, self.example),
-            latency_after=latency_of(narrow, self.example),
-            untouched=dict(self.structure.untouched),
-            barriers=dict(self.reduced.report.barriers),
-            notes=tuple(notes),
-            seconds=seconds,
-        )
-
 
 def tensors_of(output: Any) -> list[Tensor]:
     """The tensors that a model returned, in order, those in dataclasses too."""
@@ -434,22 +395,3 @@ def tensors_of(output: Any) -> list[Tensor]:
     if fields and not isinstance(output, dict):
         output = {key: getattr(output, key) for key in fields}
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _width_now(narrow: nn.Module, producers: Sequence[str], otherwise: int) -> int:
-    tensors = dict(narrow.named_parameters(remove_duplicate=False))
-    modules = dict(narrow.named_modules(remove_duplicate=False))
-    found = []
-    for name in producers:
-        if name.rpartition(".")[0] not in modules:  # a branch that went
-            otherwise = 0
-            continue
-        module = narrow.get_submodule(name.rpartition(".")[0]) if name.rpartition(".")[0] else narrow
-        if name in tensors:
-            if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                found.append(module.out_channels)
-            elif isinstance(module, nn.RNNBase):
-                found.append(module.proj_size if "weight_hr_" in name else module.hidden_size)
-            else:
-                found.append(tensors[name].shape[int(isinstance(module, nn.Embedding))])
-    return max(found, default=otherwise)

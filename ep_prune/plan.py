@@ -138,7 +138,7 @@ class Plan:
                 ],
                 "heads": [[h.layer, h.heads, h.shared, h.size, h.alike] for h in step.heads],
                 "scales": [[s.tensor, s.axis, keep(s.places), keep(s.factor)] for s in step.scales],
-                "vanished": [[v.module, keep(v.shift), v.after, v.rectified] for v in step.vanished],
+                "vanished": [[v.module, keep(v.constant), v.after, v.summed, v.rectified] for v in step.vanished],
             }
             for step in self.rounds
         ]
@@ -204,8 +204,8 @@ class Plan:
                 ),
                 tuple(scale(*item) for item in step.get("scales", ())),
                 tuple(
-                    Vanished(str(module), tensors[shift], int(after), bool(rectified))
-                    for module, shift, after, rectified in step.get("vanished", ())
+                    Vanished(str(module), tensors[constant], int(after), bool(summed), bool(rectified))
+                    for module, constant, after, summed, rectified in step.get("vanished", ())
                 ),
             )
             for step in data["rounds"]

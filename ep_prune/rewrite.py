@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ep_prune.embedding import Fold, Heads, Mix, Round, Scale
 from ep_prune.errors import PlanError
-from ep_prune.modules import Shift
+from ep_prune.modules import Constant, Shift
 
 
 def apply_round_(model: nn.Module, step: Round) -> None:
@@ -78,11 +78,11 @@ def apply_round_(model: nn.Module, step: Round) -> None:
         trained = module.get_parameter("weight").requires_grad
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=trained))
     for block in step.vanished:
-        old_block = model.get_submodule(block.module)
-        like = next((p for p in old_block.parameters() if p.is_floating_point()), block.shift)
-        trained = any(p.requires_grad for p in old_block.parameters())
-        shift = Shift(block.shift.to(like), block.after, block.rectified).train(old_block.training)
-        model.set_submodule(block.module, shift.requires_grad_(trained))
+        was = model.get_submodule(block.module)
+        bias = block.constant.to(next(was.parameters()))
+        left = Shift(bias, block.after, block.rectified) if block.summed else Constant(bias, block.after)
+        left.requires_grad_(any(p.requires_grad for p in was.parameters())).train(was.training)
+        model.set_submodule(block.module, left)
     modules = dict(model.named_modules(remove_duplicate=False)) if step.heads else {}
     for heads in step.heads:
         if heads.layer in modules:  # a trace may name what is no module, and has no counts

@@ -192,6 +192,8 @@ def _even_groups(chosen: Selection, inputs: Tensor, outputs: Tensor) -> None:
     counts = [chosen.kept[side].sum(1) for side in (inputs, outputs)]
     active = (counts[0] > 0) | (counts[1] > 0)
     if not bool(active.any()):
+        if not chosen.needs_one(inputs.reshape(-1)):
+            return
         active[0] = True
     for side, count in zip((inputs, outputs), counts, strict=True):
         _fill(chosen, side, torch.where(active, count.max().clamp_min(1), 0))

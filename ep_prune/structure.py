@@ -222,7 +222,8 @@ class Structure:
         last = branch.last
         constant = branch.constant({**self.graph.tensors, **own})
         after = len(last.node.shape or ()) - 1 - last.op.layout.axis
-        return Vanished(branch.module, constant[kept[last.outputs.reshape(-1)]], after, branch.rectified)
+        constant = constant[kept[last.outputs.reshape(-1)]]
+        return Vanished(branch.module, constant, after, branch.summed, branch.rectified)
 
 
 def _inside(branches: Sequence[Branch], name: str) -> bool:

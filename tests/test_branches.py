@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ep_prune as ep
 from ep_prune.cost import cost
-from ep_prune.modules import Shift
+from ep_prune.modules import Constant, Shift
 
 
 class Block(nn.Module):
@@ -111,6 +111,37 @@ def test_the_last_axis() -> None:
     found = ep.compress(model, x[:1], x, keep_macs=1 - 192 / cost(model, x[0, :1]).macs, min_width=0, **rest)
     assert isinstance(found.model[2], Shift) and not found.model[2].rectified and found.model[2].after == 0
     assert found.report.divergence < 0.1
+
+
+def test_the_mlp_of_a_transformer() -> None:
+    """Its block holds attention, too: the MLP alone is a module."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5).eval()
+    first, second = (layer.mlp for layer in model.encoder.layers)
+    with torch.no_grad():
+        first[3].weight *= 1e-6
+    x = torch.randn(64, 3, 32, 32)
+    macs = cost(model, x[:1]).macs
+    asked = {"min_width": {"encoder.layers.encoder_layer_0.mlp.0": 0}, "progress": False}
+    asked["protect"] = [
+        "encoder.layers.encoder_layer_1",
+        "conv_proj",
+        "encoder.layers.encoder_layer_0.self_attention",
+    ]
+    found = ep.compress(model, x[:1], x, keep_macs=1 - 17 * 2 * 16 * 32 / macs, **asked)
+    kinds = [type(layer.mlp) for layer in found.model.encoder.layers]
+    assert kinds == [Constant, type(second)]
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_branch_with_a_depthwise_layer() -> None:
+    torch.manual_seed(0)
+    model, x = torchvision.models.mobilenet_v2(num_classes=5).eval(), torch.randn(8, 3, 32, 32)
+    norms = ["features.0.1", "features.1.conv.2", "features.18.1", *(f"features.{k}.conv.3" for k in range(2, 18))]
+    deep = ep.compress(model, x[:1], x, keep_macs=0.25, min_width=0, protect=norms, progress=False)
+    gone = [module for module in deep.model.features if isinstance(module, Shift)]
+    assert gone and not any(module.rectified for module in gone)
+    assert deep.model(x).isfinite().all()
 
 
 def test_one_channel_is_left_unless_asked_otherwise() -> None:

@@ -75,6 +75,7 @@ LAYERS = (
     "layer_times",
     "budget",
     "latency",
+    "memory",
     "compress_report",
     "narrowing",
     "compress",
