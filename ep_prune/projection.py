@@ -27,6 +27,8 @@ RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Tried for `ridge`, as shares of the mean variance of the inputs."""
 RIDGE = 1e-3
 """Of the covariance in `eliminate`."""
+ROUNDING = 1e-12
+"""Of a mean square: a smaller variance is none."""
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Moments:
     """Sums over rows of x (p,) and y (o,), in groups: g of them side by side, each with inputs of its own.
 
     xx (g, p, p), xy (g, p, o), x (g, p), y (g, o), yy (g, o): sums of products and of values; rows: how many.
-    Each batch is summed up in its own type and added in float64.
+    Each batch is summed up in its own type, with its means taken off, and added in float64: the variance of what
+    hardly varies would drown in the rounding of its square.
     """
 
     xx: Tensor
@@ -52,37 +55,57 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count rows: x (g, r, p), y (g, r, o)."""
+        x, mean = _parted(x)
+        rows = x.shape[1]
         self.xx += x.transpose(1, 2) @ x
-        self.xy += x.transpose(1, 2) @ y
-        self.x += x.sum(1)
-        self.y += y.sum(1)
-        self.yy += y.square().sum(1)
-        self.rows += x.shape[1]
+        self.xx += rows * mean.unsqueeze(2) * mean.unsqueeze(1)
+        self.x += rows * mean
+        self.rows += rows
+        self._add_targets(x, mean, y)
 
     def forget_targets(self) -> None:
         for part in (self.xy, self.y, self.yy):
             part.zero_()
 
     def add_targets(self, x: Tensor, y: Tensor) -> None:
+        self._add_targets(*_parted(x), y)
+
+    def _add_targets(self, x: Tensor, mean: Tensor, y: Tensor) -> None:
+        y, target = _parted(y)
+        rows = y.shape[1]
         self.xy += x.transpose(1, 2) @ y
-        self.y += y.sum(1)
-        self.yy += y.square().sum(1)
+        self.xy += rows * mean.unsqueeze(2) * target.unsqueeze(1)
+        self.y += rows * target
+        self.yy += y.square().sum(1) + rows * target.square()
 
     def __add__(self, other: Moments) -> Moments:
         xx, xy, x, y, yy = (getattr(self, n) + getattr(other, n) for n in ("xx", "xy", "x", "y", "yy"))
         return Moments(xx, xy, x, y, yy, self.rows + other.rows)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """H (g, p, p), C (g, p, o), the means of x and y, and the variance of y (g, o)."""
+        """H (g, p, p), C (g, p, o), the means of x and y, and the variance of y (g, o).
+
+        The variance of an input that is a constant comes out as rounding, of either sign: it is made positive, so
+        that H can be inverted."""
         n = max(self.rows, 1)
         x, y = self.x / n, self.y / n
+        inputs = self.xx / n - x.unsqueeze(2) * x.unsqueeze(1)
+        least = ROUNDING * self.xx.diagonal(dim1=1, dim2=2) / n
+        inputs += torch.where(inputs.diagonal(dim1=1, dim2=2) < least, least, 0.0).diag_embed()
         return (
-            self.xx / n - x.unsqueeze(2) * x.unsqueeze(1),
+            inputs,
             self.xy / n - x.unsqueeze(2) * y.unsqueeze(1),
             x,
             y,
             (self.yy / n - y.square()).clamp_min(0),
         )
+
+
+def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (g, r, p) less its means over the rows, and these, float64: with what rounding has left of them."""
+    mean = x.mean(1, keepdim=True)
+    rest = x - mean
+    return rest, mean.squeeze(1).double() + rest.mean(1).double()
 
 
 @dataclass(frozen=True)

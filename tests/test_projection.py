@@ -396,3 +396,17 @@ def test_costs_of_a_structure_are_those_of_the_narrow_network():
             apply_round_(narrow, structure.round(kept, {}))
             after = cost(narrow, x)
             assert (structure.macs(kept), structure.size(kept)) == (after.macs, after.parameters), name
+
+
+def test_constant_inputs_are_no_singular_matrix():
+    """Taps of one constant channel: their covariance is rounding, the same everywhere."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.full((1, 4096, 9), 0.7331), torch.randn(1, 4096, 2)], 2)
+    y = x[:, :, -2:] @ torch.randn(2, 3) + 1.0
+    train, held = (projection.Moments.empty(1, 11, 3, torch.device("cpu")) for _ in range(2))
+    train.add(x[:, :3072], y[:, :3072])
+    held.add(x[:, 3072:], y[:, 3072:])
+    assert torch.linalg.eigvalsh(train.centred()[0]).min() > 0
+    assert train.centred()[0][:, :9, :9].abs().max() < 1e-11
+    found = fit(train, held, torch.zeros(1, 3, 11))
+    assert found.error < 1e-3 and found.weight[:, :, :9].abs().max() < 1e-2
