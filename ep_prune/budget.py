@@ -127,6 +127,9 @@ class Counts:
                 torch.stack([_cumulative(place[r.outputs.reshape(-1)], len(order)) for r in readers], 1)
             )
             rest.append(torch.cat([extra.new_zeros(1), extra[order].cumsum(0)]))
+            if (branch := structure.branches.get(curve.space.name)) is not None:  # takes all that is in its module
+                inside = torch.tensor([branch.holds(r.name) for r in readers])
+                inputs[-1][-1] = torch.where(inside, widths, inputs[-1][-1])
         weights = sum(structure._weight_size(r, whole) for r in readers if r.name in structure.parameters)
         return Counts(
             inputs, outputs, rest,
@@ -146,7 +149,7 @@ class Counts:
     def costs(self, lost_in: Tensor, lost_out: Tensor, lost_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(...,) multiply-accumulates, parameters and milliseconds (0 without a table), of losses (..., readers)
         and (...,)."""
-        n_in, n_out = self.base[0] - lost_in, self.base[1] - lost_out
+        n_in, n_out = (self.base[0] - lost_in).clamp_min(0), (self.base[1] - lost_out).clamp_min(0)
         size = torch.where(self.single, n_out * self.areas * self.base[0], n_in * n_out * self.areas)
         taken = torch.zeros(lost_rest.shape) if self.times is None else self.times.at(n_in, n_out)
         return (size * self.places).sum(-1), (size * self.owned).sum(-1) + self.base[2] - lost_rest, taken

@@ -223,8 +223,10 @@ def _report(work: Work, narrow: nn.Module, plan: Plan, held: Held, asked: Asked,
     for record in work.reduced.report.spaces:
         widths.append(Width(record.name, record.before, _width_now(narrow, record.producers, record.after)))
     notes = list(work.notes)
-    if gone := [name for name, module in narrow.named_modules() if isinstance(module, Constant)]:
-        notes.append(f"{len(gone)} residual branches taken out whole: {', '.join(gone)}")
+    before = {name for name, module in work.wide.named_modules() if isinstance(module, Constant)}
+    left = (name for name, module in narrow.named_modules() if isinstance(module, Constant))
+    if gone := [name for name in left if name not in before]:
+        notes.append(f"residual branches taken out whole: {len(gone)} ({', '.join(gone)})")
     if work.folds:
         stay = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in narrow.modules())
         notes.append(

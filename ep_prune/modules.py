@@ -93,9 +93,9 @@ class HeadAttention(nn.Module):
 
 
 class Constant(nn.Module):
-    """bias, in the shape of x: a residual branch that reads nothing.
+    """bias, at every place of x: a residual branch that reads nothing.
 
-    bias (C,): of the channels of x, an axis that `after` others follow."""
+    bias (C,): along the axis of channels, which `after` others follow."""
 
     def __init__(self, bias: Tensor, after: int) -> None:
         super().__init__()
@@ -103,7 +103,10 @@ class Constant(nn.Module):
         self.after = after
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.empty_like(x).copy_(self.bias.reshape(-1, *(1,) * self.after))
+        bias = self.bias.reshape(-1, *(1,) * self.after)
+        if x.shape[-1 - self.after] == len(self.bias):  # in the layout of x, too
+            return torch.empty_like(x).copy_(bias)
+        return bias.expand(*x.shape[: -1 - self.after], *bias.shape[:1], *x.shape[x.ndim - self.after :]).clone()
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}, after={self.after}"

@@ -139,18 +139,23 @@ class Structure:
 
     def macs(self, kept: Tensor) -> int:
         """Multiply-accumulates of one sample in all weights' uses."""
-        return sum(self._weight_size(r, kept) * positions(r.node, r.op) * r.uses for r in self.readers)
+        gone = self.vanished(kept)
+        there = (r for r in self.readers if not _inside(gone, r.name))
+        return sum(self._weight_size(r, kept) * positions(r.node, r.op) * r.uses for r in there)
 
     def size(self, kept: Tensor) -> int:
         """Parameters, with the biases that a fit makes."""
         weights = {reader.name: reader for reader in self.readers}
-        total = sum(self._weight_size(r, kept) for r in self.readers if r.name in self.parameters)
-        fitted, gone = False, self.vanished(kept)
+        gone = self.vanished(kept)
+        total, fitted = 0, False
         for reader in self.readers:  # from the first that loses inputs on, all weights are fitted
             fitted = fitted or not bool(kept[reader.roots].all())
             gains_bias = fitted and reader.new_bias is not None and not reader.kept_whole
-            if gains_bias or any(reader is branch.last for branch in gone):  # of which a constant is left
-                total += int(kept[reader.outputs].sum())
+            if _inside(gone, reader.name):  # a constant is left
+                total += int(kept[reader.outputs].sum()) * any(reader is branch.last for branch in gone)
+                continue
+            total += int(kept[reader.outputs].sum()) * gains_bias
+            total += self._weight_size(reader, kept) * (reader.name in self.parameters)
         bound: dict[str, dict[int, Tensor]] = {}
         for (name, axis), slots in self.numbering.slots.bound.items():
             bound.setdefault(name, {})[axis] = slots

@@ -89,7 +89,7 @@ def test_a_branch_that_does_nothing_goes(before: bool, fold: bool) -> None:
     assert isinstance(found.model[1], Block) and isinstance(found.model[3], Block)
     torch.testing.assert_close(found.model(x), model(x), rtol=1e-3, atol=1e-4)
     assert [(w.before, w.after) for w in found.report.widths if "2.conv1" in w.name] == [(8, 0)]
-    assert any("1 residual branches taken out whole: 2" in note for note in found.report.notes)
+    assert any(note == "residual branches taken out whole: 1 (2)" for note in found.report.notes)
     assert found.report.after.macs == cost(found.model, x[:1]).macs
 
 
@@ -100,6 +100,21 @@ def test_what_is_counted_is_what_is_left() -> None:
     (trial,) = found.report.trials
     assert (trial.macs, trial.parameters) == (after.macs, after.parameters)
     assert after.parameters == sum(p.numel() for p in found.model.parameters())
+
+
+def test_what_is_counted_in_a_bottleneck() -> None:
+    """Its first space goes with its second, which the last weight reads."""
+    torch.manual_seed(0)
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [3, 1, 1, 1], 10, width_per_group=8)
+    model, x = model.eval(), torch.randn(16, 3, 16, 16)
+    others = [f"layer{k}.0" for k in (1, 2, 3, 4)]
+    block = cost(model.layer1[1], torch.randn(1, 256, 4, 4)).macs
+    budget = 1 - 1.9 * block / cost(model, x[:1]).macs
+    found = ep.compress(model, x[:1], x, keep_macs=budget, min_width=0, protect=others, progress=False)
+    after = cost(found.model, x[:1])
+    (trial,) = found.report.trials
+    assert isinstance(found.model.layer1[1], Shift) and isinstance(found.model.layer1[2], Shift)
+    assert (trial.macs, trial.parameters) == (after.macs, after.parameters)
 
 
 def test_the_last_axis() -> None:
@@ -253,3 +268,25 @@ def test_milliseconds() -> None:
     quiet(model[2])
     found = ep.compress(model, x[:1], x, latency=1e3, min_width=0, progress=False)
     assert found.report.latency_after <= 1e3
+
+
+def test_what_is_left_is_a_model_like_any_other() -> None:
+    """It exports, its streams go on being narrowed, and it is reduced and compressed again."""
+    model, x = images(), pictures()
+    quiet(model[2])
+    found = without_one(model, x)
+    torch.export.export(found.model, (x[:2],))
+    assert ep.reduce(found.model, x[:2], progress=False).report.grade == "exact"
+    again = ep.compress(found.model, x[:1], x, keep_macs=0.4, progress=False)
+    stream = again.model[0][0].out_channels
+    assert stream < 8 and len(again.model[2].bias) == stream
+    assert not any("taken out" in note for note in again.report.notes)
+
+
+def test_a_constant_in_any_shape() -> None:
+    bias = torch.arange(5.0)
+    images_, tokens = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last), torch.randn(2, 7, 3)
+    made = Constant(bias, 2)(images_)
+    assert made.is_contiguous(memory_format=torch.channels_last) and made.shape == images_.shape
+    assert torch.equal(made[1, :, 2, 1], bias)
+    assert torch.equal(Constant(bias, 0)(tokens), bias.expand(2, 7, 5))
