@@ -440,6 +440,33 @@ def test_a_bare_parameter_and_a_buffer_follow() -> None:
     assert "shift" in dict(result.model.named_buffers())
 
 
+class Caching(nn.Module):
+    """Keeps what it once computed of a parameter in a dict, as LeViT does its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.offset = nn.Parameter(torch.randn(8))
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "offset" not in self.cache:
+            self.cache["offset"] = (2 * self.offset).detach()
+        return self.second((self.first(x) + self.cache["offset"]).relu())
+
+
+def test_a_tensor_that_is_no_parameter_or_buffer_keeps_its_size() -> None:
+    torch.manual_seed(0)
+    model, x = Caching().eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        model.first.weight[3] = 0.0
+    for _ in range(2):  # without what is kept, and with it
+        result = ep.reduce(model, x, progress=False)
+        assert result.model.first.out_features == 8
+        assert "no parameter or buffer" in str(result.report)
+        model(x)
+
+
 @pytest.mark.parametrize("frozen", ["all", "some"])
 def test_frozen_parameters_are_narrowed_and_stay_frozen(frozen: str) -> None:
     model = mlp("a b a k.5")

@@ -33,6 +33,8 @@ def number_channels(
     for node in graph.nodes:
         if node.tensor is not None:
             n.values[node] = Known(graph.tensors[node.tensor].detach(), node.tensor)
+            if node.tensor not in graph.aliases:
+                n.pinned_tensors.setdefault(node.tensor, "tied to a tensor that is no parameter or buffer")
         elif node.target is None:
             n.values[node] = Unknown(n.unknown(node).number, node.shape or (), f"the input {node.name}")
         else:
