@@ -23,13 +23,16 @@ from ep_prune.slots import Blends, EqualCounts, Fewer, Groups, Slots
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """What may go with the channels of one space. last: the weight that reads them; summed: whether `module` holds
-    the sum with what it reads, too; rectified: and the ReLU behind."""
+    """What may go with the channels of one space. last: the weight that reads them; norm: the batch norm behind
+    it; summed: whether `module` holds the sum with what it reads, too; rectified: and the ReLU behind; takes: names
+    of all spaces inside."""
 
     module: str
     last: Reader
+    norm: Normalize | None
     summed: bool
     rectified: bool
+    takes: tuple[str, ...]
 
     def holds(self, name: str) -> bool:
         """Whether this is the name of a layer, or of a tensor, inside."""
@@ -37,7 +40,7 @@ class Branch:
 
     def constant(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(O,) float64: what the branch adds to every channel once its last weight reads nothing."""
-        last, norm = self.last, self.last.norm
+        last, norm = self.last, self.norm
         name = last.constant if last.mean is None else last.bias
         found = tensors.get(name or "")
         outputs = last.outputs.numel()
@@ -53,35 +56,57 @@ class Branch:
         return slope * (value - (0.0 if mean is None else mean)) + (0.0 if bias is None else bias)
 
 
+def inside(branches: Sequence[Branch], name: str) -> bool:
+    """Whether a tensor, or a layer, lies in the module of any of these."""
+    return any(branch.holds(name) for branch in branches)
+
+
 def branches_of(
-    model: nn.Module, graph: Graph, readers: Sequence[Reader], spaces: Iterable[Free], tied: Tensor
+    model: nn.Module, graph: Graph, readers: Sequence[Reader], spaces: Sequence[Free], slots: Slots, roots: Tensor
 ) -> dict[str, Branch]:
-    """By the name of the space that it goes with, every branch that may go, as the trace has it. tied: roots of
-    which one stays (`tied_roots`)."""
-    modules = dict(model.named_modules())
-    within = _Modules(graph)
+    """By the name of the space that it goes with, every branch that may go, as the trace has it."""
+    modules, users, tied = dict(model.named_modules()), graph.users(), _tied(slots, roots)
+    tensors = [_tensors(space, slots, roots) for space in spaces]
     found = {}
-    for space in spaces:
+    for space, own in zip(spaces, tensors, strict=True):
         last = _last(readers, space)
-        if last is None or bool(torch.isin(space.roots, tied).any()):
+        alone = sum(other.name == space.name for other in spaces) == 1
+        if last is None or not alone or bool(torch.isin(space.roots, tied).any()):
             continue
-        course = _course(last, graph)
+        course = _course(last, graph, users)
         name = last.node.layer
         while name := name.rpartition(".")[0]:  # the outermost that will do
-            module = modules.get(name)
-            made = within.reads_and_makes(name)
-            if module is None or made is None or module._forward_hooks or module._forward_pre_hooks:
+            made = _reads_and_makes(name, graph, users)
+            if made is None or not _all_in(name, own):
+                continue
+            if name not in modules or any(map(_has_hooks, modules[name].modules())):
                 continue
             given, end = made
-            if end in course.sums and given is last.other:
-                found[space.name] = Branch(name, last, True, end is not course.sums[0])
-            elif end in course.own and given.shape == end.shape:
-                found[space.name] = Branch(name, last, False, False)
+            summed = end in course.sums and given is last.other
+            if summed or (course.norm_before(end) and given.shape == end.shape):
+                takes = (s.name for s, names in zip(spaces, tensors, strict=True) if _all_in(name, names))
+                norm = None if course.norm is None else last.norm
+                found[space.name] = Branch(name, last, norm, summed, end in course.sums[1:], tuple(takes))
     return found
 
 
-def tied_roots(slots: Slots, roots: Tensor) -> Tensor:
-    """The roots that equal groups, parts or heads hold together; not those of depthwise layers."""
+def _tensors(space: Free, slots: Slots, roots: Tensor) -> set[str]:
+    """The names of all that has an axis of this space."""
+    return {name for (name, _), own in slots.bound.items() if bool(torch.isin(roots[own], space.roots).any())}
+
+
+def _all_in(module: str, tensors: Iterable[str]) -> bool:
+    return all(tensor.startswith(f"{module}.") for tensor in tensors)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _tied(slots: Slots, roots: Tensor) -> Tensor:
+    """The roots that equal groups, parts or heads hold together: one of them stays. Not those of depthwise
+    layers."""
     found = [torch.empty(0, dtype=torch.int64)]
     for constraint in slots.constraints:
         if isinstance(constraint, Groups) and constraint.inputs.shape[1] > 1:
@@ -107,17 +132,21 @@ def _last(readers: Sequence[Reader], space: Free) -> Reader | None:
     return last if whole and plain and last.other is not None and space.sections is None else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Course:
-    """The nodes behind a weight, one after the other. own: its output, and what norms make of it; sums: the sum
-    with what is there, and its ReLU."""
+    """The nodes behind a weight, one after the other. own: its output, and what is made of that alone; norm: a
+    batch norm among them; sums: the sum with what is there, and its ReLU."""
 
     own: list[Node]
     sums: list[Node]
+    norm: Node | None = None
+
+    def norm_before(self, end: Node) -> bool:
+        """Whether `end` is made of the weight alone, and any batch norm is done by then."""
+        return end in self.own and (self.norm is None or self.norm in self.own[: self.own.index(end) + 1])
 
 
-def _course(last: Reader, graph: Graph) -> _Course:
-    users = graph.users()
+def _course(last: Reader, graph: Graph, users: Mapping[Node, list[Node]]) -> _Course:
     course = _Course([last.node], [])
     at = last.node
     while len(users[at]) == 1 and at not in graph.outputs:
@@ -129,7 +158,10 @@ def _course(last: Reader, graph: Graph) -> _Course:
             break
         if isinstance(kind, Sum) and kind.alpha == 1 and last.other in (kind.x, kind.y):
             course.sums.append(user)
-        elif isinstance(kind, Pass | Item) or (isinstance(kind, Normalize) and kind == last.norm):
+        elif isinstance(kind, Normalize) and kind == last.norm:
+            course.own.append(user)
+            course.norm = user
+        elif isinstance(kind, Pass | Item):
             course.own.append(user)
         else:
             break
@@ -137,29 +169,18 @@ def _course(last: Reader, graph: Graph) -> _Course:
     return course
 
 
-class _Modules:
-    """What the modules of a traced model compute."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.users = graph, graph.users()
-
-    def reads_and_makes(self, module: str) -> tuple[Node, Node] | None:
-        """The one tensor that a module reads, beside weights of its own that nothing else reads, and the one of
-        its results that is read elsewhere; None where there are others."""
-        graph, inside = self.graph, f"{module}."
-        nodes = {n for n in graph.nodes if n.tensor is None and f"{n.layer}.".startswith(inside)}
-        operands = {operand for node in nodes for operand in node.operands()} - nodes
-        weights = {operand for operand in operands if operand.tensor is not None}
-        given = operands - weights
-        made = {n for n in nodes if n in graph.outputs or any(user not in nodes for user in self.users[n])}
-        names = [str(weight.tensor) for weight in weights]
-        own = all(name.startswith(inside) for n in names for name in graph.aliases.get(n, (n,)))
-        named = (n for n in graph.nodes if n.tensor is not None and n.tensor.startswith(inside))
-        if (
-            not own
-            or len(given) != 1
-            or len(made) != 1
-            or any(u not in nodes for n in named for u in self.users[n])
-        ):
-            return None
-        return given.pop(), made.pop()
+def _reads_and_makes(module: str, graph: Graph, users: Mapping[Node, list[Node]]) -> tuple[Node, Node] | None:
+    """The one tensor that a module reads, beside weights of its own that nothing else reads, and the one of its
+    results that is read elsewhere; None where there are others, or weights that inference does not read."""
+    prefix = f"{module}."
+    nodes = {n for n in graph.nodes if n.tensor is None and f"{n.layer}.".startswith(prefix)}
+    operands = {operand for node in nodes for operand in node.operands()} - nodes
+    weights = {operand for operand in operands if operand.tensor is not None}
+    given = operands - weights
+    made = {n for n in nodes if n in graph.outputs or any(user not in nodes for user in users[n])}
+    names = [str(weight.tensor) for weight in weights]
+    own = all(_all_in(module, graph.aliases.get(name, (name,))) for name in names)
+    named = (n for n in graph.nodes if n.tensor is not None and n.tensor.startswith(prefix))
+    if not own or len(given) != 1 or len(made) != 1 or any(user not in nodes for n in named for user in users[n]):
+        return None
+    return None if any(name.startswith(prefix) for name in graph.untraced) else (given.pop(), made.pop())

@@ -103,7 +103,8 @@ def compress(
         fold_batch_norm: fold every batch norm, an affine map at inference, into the layer before it, and leave
             `nn.Identity` in its place: the same function, faster, and no longer for training.
         resume: a file in which what is measured is kept as it comes. A run that was interrupted goes on from it,
-            and one with another budget, for the same model, samples and seed, measures nothing anew.
+            and one with another budget, for the same model, samples and seed, measures nothing anew (but with
+            min_width=0 where it was not).
 
     Raises:
         InputError: the model, the inputs or the budget cannot be used; a budget that cannot be met names the least
@@ -195,7 +196,7 @@ def _figure(work: Work, evaluate: Callable[[nn.Module], float], model: nn.Module
 
 
 def _fast_enough(work: Work, path: Path, asked: Asked, limit: float, reference: float | None) -> Tensor:
-    """The widest that takes no more than `limit` milliseconds, if the other budgets allow it."""
+    """About the widest that takes no more than `limit` milliseconds, if the other budgets allow it."""
 
     def slow(model: nn.Module) -> bool:  # twice: whatever else the machine does only makes calls slower
         return latency_of(model, work.example) > limit and latency_of(model, work.example) > limit

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_prune.branches import inside
 from ep_prune.calibrate import Program, Rows, Values
 from ep_prune.curves import Chunks, Step, silent, with_constant
 from ep_prune.gauss_newton import Residual, improved
@@ -71,11 +72,13 @@ def fitted(
     firsts = {pair.first.node: pair for pair in pairs.values()}
     read: dict[Node, Reads] = {}
     moved = False
+    gone = structure.vanished(kept)
+    lasts = {branch.last for branch in gone}
     for node in program.nodes:
         for values in wide:
             values[node] = program.call(node, values)
         reader = by_node.get(node)
-        read_on = reader is not None and bool(kept[reader.outputs].any())  # nothing reads a branch that goes
+        read_on = reader is not None and (reader in lasts or not inside(gone, reader.name))
         wanted = reader is not None and read_on and (moved or not bool(kept[reader.roots].all()))
         if reader is not None and read_on and (wanted or _lends(reader, firsts, kept)):
             moved = moved or wanted

@@ -24,7 +24,7 @@ from ep_prune.plan import fingerprint, save_whole
 from ep_prune.structure import Structure
 
 IMPORTANCE_CHUNKS = 4
-VERSION = 1
+VERSION = 2
 KEY = "ep_prune.measurements"
 
 
@@ -61,8 +61,8 @@ class Measurements:
         header = json.loads(told)
         if header.get("digest") != digest:
             raise InputError(
-                f"resume={str(path)!r} was measured on another model, other samples or another seed: "
-                "name another file"
+                f"resume={str(path)!r} was measured on another model, other samples or another seed, or where "
+                "other branches may go (min_width=0): name another file"
             )
         spaces = {space.name: space for space in structure.spaces}
         for number, name in enumerate(header["spaces"]):

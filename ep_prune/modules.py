@@ -7,8 +7,6 @@ residual branch that has no channels left is a `Constant`, its block a `Shift`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -101,15 +99,16 @@ class Constant(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(bias)
         self.after = after
+        self.shape = [-1] + [1] * after
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        bias = self.bias.reshape(-1, *(1,) * self.after)
-        if x.shape[-1 - self.after] == len(self.bias):  # in the layout of x, too
+    def forward(self, x: Tensor) -> Tensor:
+        bias, axis = self.bias.reshape(self.shape), x.ndim - 1 - self.after
+        if x.shape[axis] == self.bias.numel():  # in the layout of x, too
             return torch.empty_like(x).copy_(bias)
-        return bias.expand(*x.shape[: -1 - self.after], *bias.shape[:1], *x.shape[x.ndim - self.after :]).clone()
+        return bias.expand(x.shape[:axis] + bias.shape[:1] + x.shape[axis + 1 :]).clone()
 
     def extra_repr(self) -> str:
-        return f"{len(self.bias)}, after={self.after}"
+        return f"{self.bias.numel()}, after={self.after}"
 
 
 class Shift(Constant):
@@ -119,8 +118,8 @@ class Shift(Constant):
         super().__init__(bias, after)
         self.rectified = rectified
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        shifted = x + self.bias.reshape(-1, *(1,) * self.after)
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = x + self.bias.reshape(self.shape)
         return shifted.relu_() if self.rectified else shifted
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ep_prune.augment import augmented
+from ep_prune.branches import inside
 from ep_prune.budget import Asked, Budget, Path, allowed_widths, descend, excess
 from ep_prune.calibrate import CHUNK, Program, Samples, samples_of
 from ep_prune.compress_report import Point
@@ -92,7 +93,7 @@ class Work:
         held = held_by_their_class(work.model)
         frozen = {**protected(work.program.graph, protect), **held}
         frozen |= read_in_training(work.model, work.program.graph, work.samples.call(work.samples.chunks[0]))
-        work.frozen = frozen
+        work.frozen, work.held = frozen, dict(frozen)
         parameters = [name for name, _ in work.model.named_parameters()]
         work.structure = Structure(work.program, frozen, parameters)
         if (why := work._same(work.structure.everything(), {})) is not None:
@@ -108,6 +109,8 @@ class Work:
     program: Program
     structure: Structure
     frozen: dict[tuple[str, int], str]
+    held: dict[tuple[str, int], str]
+    """Those of `frozen` that were so before anything was tried: protected, or read in training."""
 
     def fold_norms(self) -> None:
         """Have all narrow models' batch norms folded, where that changes nothing."""
@@ -116,9 +119,15 @@ class Work:
 
     def allow_branches(self, wanted: Callable[[str], bool]) -> None:
         """Let residual branches of the `wanted` spaces go as a whole, where a trial run is right without them."""
-        offered = {name: b for name, b in self.structure.candidates(self.model).items() if wanted(name)}
+        held = {name for name, _ in self.held}
+        offered = {
+            name: branch
+            for name, branch in self.structure.candidates(self.model).items()
+            if all(map(wanted, branch.takes)) and not any(map(branch.holds, held))
+        }
         if not offered:
             return
+        generator = torch.Generator().manual_seed(self.seed)
 
         def good(names: Sequence[str]) -> bool:
             self.structure.allow({name: offered[name] for name in names})
@@ -126,7 +135,13 @@ class Work:
             for name in names:
                 kept[offered[name].last.roots] = False
             kept = self.structure.close(kept)
-            return self._same(kept, self.masked(kept)) is None
+            own = self.masked(kept)
+            for name in names:  # with constants as a fit may find them
+                last = offered[name].last
+                drawn = torch.randn(last.outputs.numel(), generator=generator)
+                like = self.program.graph.tensors[last.name]
+                own[str(last.constant)] = drawn.to(like) + self.program.graph.tensors.get(str(last.constant), 0.0)
+            return self._same(kept, own) is None
 
         self.step("rehearsing branches")
         allowed, _ = largest_good(list(offered), good)
@@ -135,7 +150,7 @@ class Work:
     def _norms_left(self, kept: Tensor) -> tuple[Pair, ...]:
         """Those to be folded, of a narrow model in which whole branches may have gone."""
         gone = self.structure.vanished(kept)
-        return tuple(pair for pair in self.norms if not any(branch.holds(pair[0]) for branch in gone))
+        return tuple(pair for pair in self.norms if not any(inside(gone, name) for name in pair))
 
     def sketch(self, kept: Tensor) -> nn.Module:
         """A model of the narrow shapes, not fitted: to be timed."""
@@ -300,7 +315,8 @@ class Work:
             self.course = self._course(
                 descend(self.structure, found, [a[:: max(len(a) // 8, 1)] for a in allowed], None)
             )
-        return descend(self.structure, found, allowed, budget)
+        path = descend(self.structure, found, allowed, budget)
+        return path if asked.latency is None else replace(path, states=path.states[-1:])
 
     def _example_layout(self) -> tuple[float, bool]:
         """Samples in the example over those of the trace, and whether its images are channels-last."""

@@ -42,7 +42,7 @@ class Plan:
     @property
     def fitted(self) -> bool:
         """Whether it holds weights that were fitted to data (`compress`): grade fitted, no equality is claimed."""
-        return any(step.refits for step in self.rounds)
+        return any(step.refits or step.vanished for step in self.rounds)
 
     def apply(self, model: nn.Module, *, recheck: Any = None) -> nn.Module:
         """A narrow copy of a fresh wide model, which is not changed.

@@ -167,7 +167,7 @@ def _follow(reader: Reader, graph: Graph, order: Mapping[Node, int]) -> None:
     while len(users[at]) == 1 and at not in graph.outputs:
         reader_node = users[at][0]
         kind = kind_of(reader_node, graph)
-        if isinstance(kind, Normalize) and reader.norm is None and kind.x is at:
+        if isinstance(kind, Normalize) and reader.norm is None and reader.other is None and kind.x is at:
             reader.norm = kind
         elif isinstance(kind, Sum) and kind.alpha == 1:
             others = [x for x in (kind.x, kind.y) if x is not at]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ep_prune.branches import Branch, branches_of, tied_roots
+from ep_prune.branches import Branch, branches_of, inside
 from ep_prune.calibrate import Program, positions
 from ep_prune.demand import demands
 from ep_prune.embedding import Cut, Refit, Round, Vanished
@@ -66,15 +66,13 @@ class Structure:
 
     def candidates(self, model: nn.Module) -> dict[str, Branch]:
         """The branches of which the trace shows nothing against their going."""
-        slots = self.numbering.slots
         spaces_ = [*self.spaces, *self._single]
-        return branches_of(model, self.graph, self.readers, spaces_, tied_roots(slots, self.roots))
+        return branches_of(model, self.graph, self.readers, spaces_, self.numbering.slots, self.roots)
 
     def allow(self, branches: Mapping[str, Branch]) -> None:
         """Let branches go: from here on `close` may leave nothing of their spaces."""
-        single = {space.name for space in self._single}
         self.branches = dict(branches)
-        self.spaces = [space for space in self.spaces if space.name not in single]
+        self.spaces = [space for space in self.spaces if space not in self._single]
         self.spaces += [space for space in self._single if space.name in branches]
         optional = torch.zeros(self.count, dtype=torch.bool)
         for space in self.spaces:
@@ -83,8 +81,9 @@ class Structure:
         self._selection.optional = optional
 
     def vanished(self, kept: Tensor) -> list[Branch]:
-        """The branches of which nothing is left."""
-        return [branch for branch in self.branches.values() if not bool(kept[branch.last.roots].any())]
+        """The branches of which nothing is left, without those inside of others."""
+        gone = [branch for branch in self.branches.values() if not bool(kept[branch.last.roots].any())]
+        return [branch for branch in gone if not inside(gone, branch.module)]
 
     # ---- spaces ----------------------------------------------------------------------------------------
 
@@ -127,7 +126,8 @@ class Structure:
         return torch.ones(self.count, dtype=torch.bool)
 
     def close(self, kept: Tensor) -> Tensor:
-        """`kept` with whatever must stay with it: pinned channels, equal groups and parts, one of each layer."""
+        """`kept` with whatever must stay with it: pinned channels, equal groups and parts, one of each layer but
+        where a branch may go (`allow`)."""
         chosen = Selection(
             self.numbering, self.roots, self.pinned, (kept | self.pinned)[self.roots], self._selection.demands,
             why=torch.zeros(self.count, dtype=torch.int64), optional=self._selection.optional,
@@ -140,7 +140,7 @@ class Structure:
     def macs(self, kept: Tensor) -> int:
         """Multiply-accumulates of one sample in all weights' uses."""
         gone = self.vanished(kept)
-        there = (r for r in self.readers if not _inside(gone, r.name))
+        there = (r for r in self.readers if not inside(gone, r.name))
         return sum(self._weight_size(r, kept) * positions(r.node, r.op) * r.uses for r in there)
 
     def size(self, kept: Tensor) -> int:
@@ -151,7 +151,7 @@ class Structure:
         for reader in self.readers:  # from the first that loses inputs on, all weights are fitted
             fitted = fitted or not bool(kept[reader.roots].all())
             gains_bias = fitted and reader.new_bias is not None and not reader.kept_whole
-            if _inside(gone, reader.name):  # a constant is left
+            if inside(gone, reader.name):  # a constant is left
                 total += int(kept[reader.outputs].sum()) * any(reader is branch.last for branch in gone)
                 continue
             total += int(kept[reader.outputs].sum()) * gains_bias
@@ -160,7 +160,7 @@ class Structure:
         for (name, axis), slots in self.numbering.slots.bound.items():
             bound.setdefault(name, {})[axis] = slots
         for name, tensor in self.graph.tensors.items():
-            if name in weights or name not in self.parameters or _inside(gone, name):
+            if name in weights or name not in self.parameters or inside(gone, name):
                 continue
             sizes = list(tensor.shape)
             for axis, slots in bound.get(name, {}).items():
@@ -187,7 +187,7 @@ class Structure:
         cuts, refits, done = [], [], set()
         gone = self.vanished(kept)
         for reader in self.readers:
-            if _inside(gone, reader.name):
+            if inside(gone, reader.name):
                 continue
             layout = reader.op.layout
             weight = own.get(reader.name, self.graph.tensors[reader.name])
@@ -217,7 +217,7 @@ class Structure:
             )
         for (name, axis), slots in self.numbering.slots.bound.items():
             keep = kept[self.roots[slots]]
-            if name not in done and not bool(keep.all()) and not _inside(gone, name):
+            if name not in done and not bool(keep.all()) and not inside(gone, name):
                 cuts.append(Cut(name, axis, keep.nonzero().squeeze(1), len(keep)))
         heads = heads_of(self.numbering, self.roots, kept)
         vanished = tuple(self._shift(branch, kept, own) for branch in gone)
@@ -229,11 +229,6 @@ class Structure:
         after = len(last.node.shape or ()) - 1 - last.op.layout.axis
         constant = constant[kept[last.outputs.reshape(-1)]]
         return Vanished(branch.module, constant, after, branch.summed, branch.rectified)
-
-
-def _inside(branches: Sequence[Branch], name: str) -> bool:
-    """Whether a tensor lies in the module of any of these."""
-    return any(branch.holds(name) for branch in branches)
 
 
 def _join_depthwise(slots: Slots) -> None:

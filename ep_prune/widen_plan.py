@@ -27,7 +27,7 @@ _MODE = Mode(general=False, critical=False, mixed=False)
 
 def undo_round(n: Numbering, kinds: Mapping[Node, Operation], spaces: list[WideSpace], step: Round) -> Widening:
     """The walk that writes the wide parameters from which `step` made these. Raises `InputError`."""
-    if step.refits:
+    if step.refits or step.vanished:
         raise InputError(
             "the plan holds weights that compress fitted to data: only what reduce found can be undone"
         )

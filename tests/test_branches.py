@@ -152,8 +152,11 @@ def test_the_mlp_of_a_transformer() -> None:
 def test_a_branch_with_a_depthwise_layer() -> None:
     torch.manual_seed(0)
     model, x = torchvision.models.mobilenet_v2(num_classes=5).eval(), torch.randn(8, 3, 32, 32)
-    norms = ["features.0.1", "features.1.conv.2", "features.18.1", *(f"features.{k}.conv.3" for k in range(2, 18))]
-    deep = ep.compress(model, x[:1], x, keep_macs=0.25, min_width=0, protect=norms, progress=False)
+    streams = ["features.0.0", "features.1.conv.1", "features.18.0"]
+    streams += [f"features.{k}.conv.2" for k in (2, 4, 7, 11, 14, 17)]
+    inner = [f"features.{k}.conv.0.0" for k in range(2, 18)]
+    least = dict.fromkeys(streams, 10**6) | dict.fromkeys(inner, 0)
+    deep = ep.compress(model, x[:1], x, keep_macs=0.25, min_width=least, progress=False)
     gone = [module for module in deep.model.features if isinstance(module, Shift)]
     assert gone and not any(module.rectified for module in gone)
     assert deep.model(x).isfinite().all()
@@ -243,14 +246,159 @@ def twice() -> nn.Module:
     return nn.Sequential(*model[:3], model[2], *model[3:])
 
 
-@pytest.mark.parametrize("make", [Curious, held_by_a_hook, shared, twice])
+def hooked_inside() -> nn.Module:
+    model = images()
+    model[2].bn1.register_forward_hook(lambda *_: None)
+    return model
+
+
+class ReadsTwice(Block):
+    """Changes its input, which its caller reads again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return x
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = images()
+        self.body[2].__class__ = ReadsTwice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[1](self.body[0](x))
+        return self.body[3:](self.body[2](x) + x)
+
+
+class NormBehind(nn.Module):
+    """A norm behind the branch, outside of its module, and one behind the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Identity(), Block(8, 8, before=True), nn.ReLU())
+        self.norm, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.mlp = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.head = nn.Linear(8, 5)
+        for norm in (self.norm, self.second):
+            nn.init.uniform_(norm.weight, 1.5, 2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.body(x))
+        x = x + self.norm(self.mlp(x))
+        return self.head(x.mean((2, 3)))
+
+
+class InTraining(Block):
+    """Has a head for training alone."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.aux = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor):
+        y = super().forward(x)
+        return (y, self.aux(y.mean((2, 3)))) if self.training else y
+
+
+def trained() -> nn.Module:
+    model = images()
+    model[2] = InTraining().eval()
+    return model
+
+
+@pytest.mark.parametrize("make", [Curious, held_by_a_hook, hooked_inside, shared, twice, InPlace, trained])
 def test_branches_that_stay(make) -> None:
     """Whatever the budget: the block is still there, and the model runs and answers as what was fitted."""
     model, x = make().eval(), pictures()
     found = ep.compress(model, x[:1], x, keep_macs=0.6, min_width=0, progress=False)
-    body = found.model.body if isinstance(model, Curious) else found.model
+    body = getattr(found.model, "body", found.model)
     assert isinstance(body[2], Block)
-    assert body(x).isfinite().all()
+    assert found.model(x).isfinite().all()
+
+
+def test_norms_outside_of_the_module() -> None:
+    """Whatever goes: the norm behind the sum does not count, nor one that its module does not hold."""
+    torch.manual_seed(0)
+    model, x = NormBehind().eval(), pictures()
+    found = ep.compress(model, x[:1], x, keep_macs=0.3, min_width=0, progress=False)
+    assert isinstance(found.model.mlp, nn.Sequential)
+    deep = ep.compress(model, x[:1], x, keep_macs=0.2, min_width={"body.2.conv1": 0}, progress=False)
+    assert deep.model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"protect": ["2.conv1"]}, {"protect": ["2.bn2"]}, {"min_width": {"2.conv1": 1}}]
+)
+def test_what_must_stay_stays(asked) -> None:
+    model, x = images(), pictures()
+    found = ep.compress(model, x[:1], x, keep_macs=0.6, **({"min_width": 0} | asked), progress=False)
+    assert isinstance(found.model[2], Block)
+
+
+def test_a_branch_inside_of_another() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = nn.Linear(8, 6), Units(6, 1), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(self.inner(self.first(x).relu()).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Outer(), Units(8, 6), nn.Linear(8, 4)).eval()
+    x = torch.randn(64, 6)
+    found = ep.compress(model, x[:1], x, keep_macs=0.5, min_width=0, protect=["0"], progress=False)
+    assert found.model(x).isfinite().all() and any(isinstance(m, Shift) for m in found.model.modules())
+    assert set(found.report.errors) <= {name for name, _ in found.model.named_parameters()} | {
+        "1.last.weight",
+        "2.fc2.weight",
+    }
+
+
+def test_a_producer_outside_of_the_module() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.tail = nn.Linear(8, 12), nn.Sequential(nn.ReLU(), nn.Linear(12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.tail(self.fc1(x))) * 2 + x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Apart(), nn.Linear(8, 4)).eval()
+    x = torch.randn(64, 6)
+    found = ep.compress(model, x[:1], x, keep_macs=0.5, min_width=0, progress=False)
+    assert found.model[1].fc1.out_features >= 1
+
+
+def test_a_plan_of_a_branch_alone_is_fitted(tmp_path) -> None:
+    """Nothing behind the branch is refitted: it is no exact plan for all that."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Units(8, 6), Units(8, 6)).eval(), torch.randn(64, 6)
+    found = ep.compress(model, x[:1], x, keep_macs=0.7, min_width=0, protect=["0", "1.fc1"], progress=False)
+    assert isinstance(found.model[2], Shift) and found.plan.fitted
+    with pytest.raises(ep.InputError, match="only what reduce found"):
+        ep.embed(found.model, x[:1], plan=found.plan)
+
+
+def test_norms_folded_into_what_stays() -> None:
+    """A pair whose norm lies in the module that goes, and whose layer does not."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+            self.mlp = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.proj(x))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Split(), nn.Linear(8, 4)).eval(), torch.randn(64, 6)
+    asked = {"min_width": {"1.mlp.1": 0}, "fold_batch_norm": True, "progress": False}
+    found = ep.compress(model, x[:1], x, keep_macs=0.5, **asked)
+    assert found.model(x).isfinite().all()
 
 
 def test_a_projected_shortcut_is_no_constant() -> None:
