@@ -24,8 +24,8 @@ from ep_prune.slots import Blends, EqualCounts, Fewer, Groups, Slots
 @dataclass(frozen=True, eq=False)
 class Branch:
     """What may go with the channels of one space. last: the weight that reads them; norm: the batch norm behind
-    it; summed: whether `module` holds the sum with what it reads, too; rectified: and the ReLU behind; takes: names
-    of all spaces inside."""
+    it; summed: whether `module` holds the sum with what it reads, too; rectified: and the ReLU behind; takes:
+    names of all spaces inside."""
 
     module: str
     last: Reader

@@ -157,8 +157,8 @@ class Vanished:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """Edits that apply to one state of the model: mixes, folds, cuts, refits, scales, what vanishes, heads, in this
-    order."""
+    """Edits that apply to one state of the model: mixes, folds, cuts, refits, scales, what vanishes, heads, in
+    this order."""
 
     folds: tuple[Fold, ...] = ()
     cuts: tuple[Cut, ...] = ()
