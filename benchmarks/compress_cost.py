@@ -72,7 +72,7 @@ STAGES = {
     "allocation": "ep_prune.narrowing:descend",
     "fit": "ep_prune.narrowing:fitted",
     "check": "ep_prune.narrowing:Work._fit",
-    "report": "ep_prune.narrowing:Work.report",
+    "report": "ep_prune.compress:_report",
 }
 """Where each stage is called from. A stage inside of another one counts on its own."""
 
