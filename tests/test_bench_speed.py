@@ -174,8 +174,7 @@ def test_compressed_by_time(tmp_path, monkeypatch, factor):
     def still(model: nn.Module, *_, **__) -> float:
         return 1e-3 * sum(p.numel() for p in model.parameters())
 
-    for name in ("compress", "narrowing"):
-        monkeypatch.setattr(importlib.import_module(f"ep_prune.{name}"), "latency_of", still)
+    monkeypatch.setattr(importlib.import_module("ep_prune.compress"), "latency_of", still)
     monkeypatch.setattr(speed, "latency_of", still)
     monkeypatch.setattr(speed, "KNOWN", {"tiny": speed.Network("tiny", tiny, noise, 24)})
     monkeypatch.setattr(speed, "BATCHES", (2,))

@@ -23,8 +23,7 @@ QUIET = {"progress": False}
 
 
 def set_clock(monkeypatch, measured):
-    for module in ("compress", "narrowing"):
-        monkeypatch.setattr(importlib.import_module(f"ep_prune.{module}"), "latency_of", measured)
+    monkeypatch.setattr(importlib.import_module("ep_prune.compress"), "latency_of", measured)
 
 
 @pytest.fixture(autouse=True)
