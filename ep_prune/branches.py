@@ -23,13 +23,11 @@ from ep_prune.slots import Blends, EqualCounts, Fewer, Groups, Slots
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """What may go with the channels of one space. last: the weight that reads them; norm: the batch norm behind
-    it; summed: whether `module` holds the sum with what it reads, too; rectified: and the ReLU behind; takes:
-    names of all spaces inside."""
+    """What may go with the channels of one space. last: the weight that reads them; summed: whether `module` holds
+    the sum with what it reads, too; rectified: and the ReLU behind; takes: names of all spaces inside."""
 
     module: str
     last: Reader
-    norm: Normalize | None
     summed: bool
     rectified: bool
     takes: tuple[str, ...]
@@ -40,7 +38,7 @@ class Branch:
 
     def constant(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(O,) float64: what the branch adds to every channel once its last weight reads nothing."""
-        last, norm = self.last, self.norm
+        last, norm = self.last, self.last.norm
         name = last.constant if last.mean is None else last.bias
         found = tensors.get(name or "")
         outputs = last.outputs.numel()
@@ -85,8 +83,7 @@ def branches_of(
             summed = end in course.sums and given is last.other
             if summed or (course.norm_before(end) and given.shape == end.shape):
                 takes = (s.name for s, names in zip(spaces, tensors, strict=True) if _all_in(name, names))
-                norm = None if course.norm is None else last.norm
-                found[space.name] = Branch(name, last, norm, summed, end in course.sums[1:], tuple(takes))
+                found[space.name] = Branch(name, last, summed, end in course.sums[1:], tuple(takes))
     return found
 
 

@@ -125,8 +125,10 @@ def compress(
             work = Work.of(wide, reduced, example_inputs, calibration, protect, samples, seed, bar, notes)
             if fold_batch_norm:
                 work.fold_norms()
-            least = min_width if isinstance(min_width, Mapping) else None
-            work.allow_branches(lambda name: (min_width if least is None else least.get(name, 1)) == 0)
+            if isinstance(min_width, Mapping) and 0 in min_width.values():
+                work.allow_branches(lambda name: min_width.get(name) == 0)
+            elif min_width == 0:
+                work.allow_branches(lambda _: True)
             work.resume = None if resume is None else FilePath(resume)
             path = work.path(asked, round_to, min_width)
             state = _chosen(work, path, asked)

@@ -18,7 +18,7 @@ from ep_prune.modules import Constant, Shift
 
 def apply_round_(model: nn.Module, step: Round) -> None:
     """Apply one round in place: mixes, folds (they read the wide outputs' biases), cuts, refits, scales; then
-    modules: what vanishes, new biases, heads."""
+    modules: new biases, what vanishes, heads."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

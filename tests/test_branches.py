@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import ep_prune as ep
 from ep_prune.cost import cost
+from ep_prune.layer_times import LayerTimes
 from ep_prune.modules import Constant, Shift
+from ep_prune.structure import Structure
 
 
 class Block(nn.Module):
@@ -307,14 +309,37 @@ def trained() -> nn.Module:
     return model
 
 
+@pytest.fixture
+def allowed(monkeypatch) -> list[str]:
+    """The modules whose branches may go, as they were settled last."""
+    found: list[str] = []
+    original = Structure.allow
+
+    def noted(self, branches) -> None:
+        found[:] = [branch.module for branch in branches.values()]
+        original(self, branches)
+
+    monkeypatch.setattr(Structure, "allow", noted)
+    return found
+
+
 @pytest.mark.parametrize("make", [Curious, held_by_a_hook, hooked_inside, shared, twice, InPlace, trained])
-def test_branches_that_stay(make) -> None:
+def test_branches_that_stay(make, allowed) -> None:
     """Whatever the budget: the block is still there, and the model runs and answers as what was fitted."""
     model, x = make().eval(), pictures()
     found = ep.compress(model, x[:1], x, keep_macs=0.6, min_width=0, progress=False)
     body = getattr(found.model, "body", found.model)
     assert isinstance(body[2], Block)
+    assert ("body.2" if body is not found.model else "2") not in allowed
     assert found.model(x).isfinite().all()
+
+
+def test_branches_that_may_go(allowed) -> None:
+    model, x = images(), pictures()
+    ep.compress(model, x[:1], x, keep_macs=0.9, progress=False)
+    assert not allowed
+    ep.compress(model, x[:1], x, keep_macs=0.9, min_width=0, progress=False)
+    assert allowed == ["1", "2", "3"]
 
 
 def test_norms_outside_of_the_module() -> None:
@@ -399,9 +424,9 @@ def test_norms_folded_into_what_stays() -> None:
 
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), Split(), nn.Linear(8, 4)).eval(), torch.randn(64, 6)
-    asked = {"min_width": {"1.mlp.1": 0}, "fold_batch_norm": True, "progress": False}
-    found = ep.compress(model, x[:1], x, keep_macs=0.5, **asked)
-    assert found.model(x).isfinite().all()
+    asked = {"min_width": {"1.mlp.1": 0}, "fold_batch_norm": True, "progress": False, "protect": ["0", "1.proj"]}
+    found = ep.compress(model, x[:1], x, keep_macs=0.45, **asked)
+    assert isinstance(found.model[1].mlp, Constant) and found.model(x).isfinite().all()
 
 
 def test_a_projected_shortcut_is_no_constant() -> None:
@@ -413,12 +438,12 @@ def test_a_projected_shortcut_is_no_constant() -> None:
     assert found.model(x).isfinite().all()
 
 
-def test_milliseconds() -> None:
-    """What takes no time is not in the table of layer times, either."""
-    model, x = images(), pictures()
-    quiet(model[2])
-    found = ep.compress(model, x[:1], x, latency=1e3, min_width=0, progress=False)
-    assert found.report.latency_after <= 1e3
+def test_what_is_not_there_takes_no_milliseconds() -> None:
+    grid = torch.tensor([[2.0, 4.0, 6.0, 8.0]])
+    times = LayerTimes(grid, grid, torch.full((1, 4, 4), 3.0))
+    widths = torch.tensor([[1.0], [0.0]])
+    assert times.at(widths, torch.ones(2, 1)).tolist() == [3.0, 0.0]
+    assert times.at(torch.ones(2, 1), widths).tolist() == [3.0, 0.0]
 
 
 def test_what_is_left_is_a_model_like_any_other() -> None:
