@@ -416,17 +416,18 @@ def test_norms_folded_into_what_stays() -> None:
     class Split(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.proj = nn.Linear(8, 8)
+            self.stem, self.proj, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
             self.mlp = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.mlp(self.proj(x))
+            x = self.stem(x)
+            return self.head(x + self.mlp(self.proj(x)))
 
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 8), Split(), nn.Linear(8, 4)).eval(), torch.randn(64, 6)
-    asked = {"min_width": {"1.mlp.1": 0}, "fold_batch_norm": True, "progress": False, "protect": ["0", "1.proj"]}
+    model, x = Split().eval(), torch.randn(64, 6)
+    asked = {"min_width": {"mlp.1": 0}, "fold_batch_norm": True, "progress": False, "protect": ["stem", "proj"]}
     found = ep.compress(model, x[:1], x, keep_macs=0.45, **asked)
-    assert isinstance(found.model[1].mlp, Constant) and found.model(x).isfinite().all()
+    assert isinstance(found.model.mlp, Constant) and found.model(x).isfinite().all()
 
 
 def test_a_projected_shortcut_is_no_constant() -> None:
